@@ -1,0 +1,203 @@
+"""Laws of the causal VAE, each with the sentence it teaches."""
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import vae as V
+from vae import PRESETS, VAEConfig, WanVAE
+
+SMALL = VAEConfig(dim=8, z_dim=4, latents_mean=(0.1, -0.2, 0.3, 0.0), latents_std=(1.5, 0.5, 2.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    vae = WanVAE(SMALL).eval()
+    for p in vae.parameters():                          # Wan starts some layers at zero; a law should hold for any weights
+        torch.nn.init.normal_(p, std=0.15) if p.dim() > 1 and p.numel() > p.shape[0] else None
+    return vae
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return torch.rand(1, 3, 17, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def wan_tensors():
+    """Every tensor of the official Wan2.1_VAE.pth, from the layer table of the paper's VAE: name -> shape."""
+    out = {}
+
+    def conv(name, c_out, c_in, *kernel):
+        out[name + ".weight"], out[name + ".bias"] = (c_out, c_in, *kernel), (c_out,)
+
+    def res(name, c_in, c_out):
+        out[f"{name}.residual.0.gamma"], out[f"{name}.residual.3.gamma"] = (c_in, 1, 1, 1), (c_out, 1, 1, 1)
+        conv(f"{name}.residual.2", c_out, c_in, 3, 3, 3)
+        conv(f"{name}.residual.6", c_out, c_out, 3, 3, 3)
+        if c_in != c_out:
+            conv(f"{name}.shortcut", c_out, c_in, 1, 1, 1)
+
+    conv("encoder.conv1", 96, 3, 3, 3, 3)
+    for i, (a, b) in {0: (96, 96), 1: (96, 96), 3: (96, 192), 4: (192, 192), 6: (192, 384), 7: (384, 384), 9: (384, 384), 10: (384, 384)}.items():
+        res(f"encoder.downsamples.{i}", a, b)
+    for i, c in {2: 96, 5: 192, 8: 384}.items():
+        conv(f"encoder.downsamples.{i}.resample.1", c, c, 3, 3)
+        if i > 2:
+            conv(f"encoder.downsamples.{i}.time_conv", c, c, 3, 1, 1)
+    conv("decoder.conv1", 384, 16, 3, 3, 3)
+    for i, (a, b) in {**{i: (384, 384) for i in (0, 1, 2, 5, 6)}, 4: (192, 384), **{i: (192, 192) for i in (8, 9, 10)},
+                      **{i: (96, 96) for i in (12, 13, 14)}}.items():
+        res(f"decoder.upsamples.{i}", a, b)
+    for i, c in {3: 384, 7: 384, 11: 192}.items():
+        conv(f"decoder.upsamples.{i}.resample.1", c // 2, c, 3, 3)
+        if i < 11:
+            conv(f"decoder.upsamples.{i}.time_conv", 2 * c, c, 3, 1, 1)
+    for side in ("encoder", "decoder"):
+        res(f"{side}.middle.0", 384, 384)
+        res(f"{side}.middle.2", 384, 384)
+        out[f"{side}.middle.1.norm.gamma"] = (384, 1, 1)
+        conv(f"{side}.middle.1.to_qkv", 1152, 384, 1, 1)
+        conv(f"{side}.middle.1.proj", 384, 384, 1, 1)
+    out["encoder.head.0.gamma"], out["decoder.head.0.gamma"] = (384, 1, 1, 1), (96, 1, 1, 1)
+    conv("encoder.head.2", 32, 384, 3, 3, 3)
+    conv("decoder.head.2", 3, 96, 3, 3, 3)
+    conv("conv1", 32, 32, 1, 1, 1)
+    conv("conv2", 16, 16, 1, 1, 1)
+    return out
+
+
+def test_official_state_dict_loads_strictly():
+    """The network is Wan2.1's, tensor by tensor: 194 of them, 126,892,531 numbers."""
+    wanted = wan_tensors()
+    with torch.device("meta"):
+        vae = WanVAE(PRESETS["wan2.1"])
+    assert len(wanted) == 194 and sum(p.numel() for p in vae.parameters()) == 126_892_531
+    vae.load_state_dict({k: torch.empty(s, device="meta") for k, s in wanted.items()}, strict=True)
+
+
+def diffusers_key(k):
+    for a, b in (("encoder.conv1", "encoder.conv_in"), ("decoder.conv1", "decoder.conv_in"), (".head.0", ".norm_out"), (".head.2", ".conv_out"),
+                 (".middle.0", ".mid_block.resnets.0"), (".middle.1", ".mid_block.attentions.0"), (".middle.2", ".mid_block.resnets.1"),
+                 (".residual.0", ".norm1"), (".residual.2", ".conv1"), (".residual.3", ".norm2"), (".residual.6", ".conv2"),
+                 (".shortcut", ".conv_shortcut"), ("encoder.downsamples", "encoder.down_blocks")):
+        k = k.replace(a, b)
+    if k.startswith("decoder.upsamples."):
+        n, rest = k.removeprefix("decoder.upsamples.").split(".", 1)
+        k = f"decoder.up_blocks.{int(n) // 4}." + (f"resnets.{int(n) % 4}" if int(n) % 4 < 3 else "upsamplers.0") + "." + rest
+    return {"conv1": "quant_conv", "conv2": "post_quant_conv"}.get(k.split(".")[0], k.split(".")[0]) + k[len(k.split(".")[0]):]
+
+
+def test_equals_an_independent_implementation(small, clip):
+    """diffusers wrote the same network with a cache of its own: same weights, same latents, same frames."""
+    diffusers = pytest.importorskip("diffusers")
+    other = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
+    other.load_state_dict({diffusers_key(k): v for k, v in small.state_dict().items()}, strict=True)
+    mean, std = small.stats[0], small.stats[1]
+    with torch.no_grad():
+        ours, theirs = small.encode(clip), (other.encode(clip).latent_dist.mode() - mean) / std
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(small.decode(ours), other.decode(ours * std + mean).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_no_frame_of_the_future_is_read(small, clip):
+    """The first m latents of a clip are the latents of its first 4m-3 frames: this is why kappa_gt costs nothing."""
+    with torch.no_grad():
+        whole = small.encode(clip)
+        for m in (1, 2, 3):
+            torch.testing.assert_close(small.encode(clip[:, :, :4 * m - 3]), whole[:, :, :m], atol=1e-5, rtol=1e-5)
+        changed = clip.clone()
+        changed[:, :, 9:] = 0
+        assert torch.equal(small.encode(changed)[:, :, :3], whole[:, :, :3]) and not torch.equal(small.encode(changed), whole)
+
+
+def test_streamed_decode_is_one_pass_decode(small, clip):
+    """What a layer must remember is two frames of its input; then four frames at a time give the whole clip, exactly."""
+    with torch.no_grad():
+        z = small.encode(clip)
+        pieces = list(small.decode_stream(z))
+        once = small.decoder(small.conv2(z * small.stats[1] + small.stats[0])).clamp(-1, 1)
+    assert [p.shape[2] for p in pieces] == [1, 4, 4, 4, 4]
+    torch.testing.assert_close(torch.cat(pieces, 2), once, atol=1e-5, rtol=1e-5)
+
+
+def test_encoding_in_groups_is_one_pass_encoding(small):
+    """Without gradients encode() takes 16 frames at a time; with them, all at once. The latents are the same."""
+    video = torch.rand(1, 3, 41, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    with torch.no_grad():
+        grouped = small.encode(video)
+    torch.testing.assert_close(grouped, small.encode(video).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_causal_convolution_is_conv3d_with_zeros_in_front():
+    """The sum of shifted 2D convolutions is the 3D convolution."""
+    torch.manual_seed(0)
+    layer, x = V.CausalConv3d(5, 7, 3, padding=1), torch.randn(2, 5, 6, 8, 8)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1, 2, 0))
+    torch.testing.assert_close(layer(x), torch.nn.functional.conv3d(padded, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
+
+
+def test_frame_counts(small):
+    """81 frames are 21 latents; what is not 4k+1 is refused, where Wan would drop the rest in silence."""
+    with torch.no_grad():
+        assert WanVAE(PRESETS["tiny"]).encode(torch.zeros(1, 3, 81, 16, 16)).shape == (1, 16, 21, 2, 2)
+    for shape in ((1, 3, 80, 16, 16), (1, 3, 9, 12, 16), (1, 4, 9, 16, 16)):
+        with pytest.raises(ValueError, match="4k\\+1"):
+            small.encode(torch.zeros(shape))
+
+
+def moving_clips(n=4):
+    """A bright square that walks over a dark ground: learnable in seconds."""
+    clips = []
+    for i in range(n):
+        frames = np.full((9, 32, 32, 3), 40, np.uint8)
+        for t in range(9):
+            frames[t, 4 + 2 * i:16 + 2 * i, 2 + t:14 + t] = (220, 120 + 30 * i, 60)
+        clips.append(SimpleNamespace(frames=frames, name=f"clip{i}"))
+    return clips
+
+
+COURSE = ((0.5, 1, 32, 4), (1.0, 5, 32, 2))
+
+
+def test_training_learns_and_a_killed_run_goes_on_bitwise(tmp_path, monkeypatch, capsys):
+    """A step depends on its number and the weights only: 8 steps, or 5 and 3 after a resume, give the same bytes."""
+    from safetensors.torch import load_file
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(V, "COURSE", COURSE)
+    config = replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
+    cfg = V.TrainConfig(steps=8, warmup=2)
+    V.train(cfg, config, moving_clips(), tmp_path / "a", resume=False)
+    first = load_file("runs/vae/checkpoint.safetensors")
+    real = V.vae_loss
+
+    def killed(*args, calls=[]):                         # noqa: B006 - the list is the counter
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(V, "vae_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        V.train(replace(cfg, minutes=0), config, moving_clips(), tmp_path / "b", resume=False)
+    monkeypatch.setattr(V, "vae_loss", real)
+    V.train(cfg, config, moving_clips(), tmp_path / "b", resume=True)
+    second = load_file("runs/vae/checkpoint.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    V.train(replace(cfg, steps=120, warmup=10, lr=3e-3), config, moving_clips(), tmp_path / "c", resume=False)
+    log = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    losses = [float(line.split("loss ")[1].split()[0]) for line in log]
+    assert losses[-1] < 0.6 * losses[-3], losses         # 120-step run: steps 0, 50, 100
+
+
+def test_exported_weights_load_and_normalise(tmp_path, monkeypatch):
+    """What train() ships is what load_vae() reads, and its latents have mean 0, standard deviation 1."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(V, "COURSE", COURSE)
+    config = replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
+    V.train(V.TrainConfig(steps=2), config, moving_clips(), tmp_path, resume=False)
+    vae = V.load_vae(tmp_path)
+    with torch.no_grad():
+        z = torch.cat([vae.encode(V.pixels(c.frames)) for c in moving_clips()])
+    assert z.mean((0, 2, 3, 4)).abs().max() < 0.05 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.05
