@@ -1,0 +1,450 @@
+"""data.py - a folder of talking-head videos -> training chunks; and the paper's Appendix F as a command.
+
+    python data.py cache CLIPS --size 128    decode every video once (the training scripts do it too)
+    python data.py prepare RAW CLIPS         Eq. 18-22: raw footage -> clean clips and CLIPS/report.csv
+
+A video of any size and rate becomes squares at 25 frames a second and 16 kHz mono sound: frame i shows the
+moment (i + 0.5) / 25 s after the first picture, its sound is samples [640 i, 640 (i + 1)). ClipFolder keeps
+them as memory-mapped arrays; TalkingChunks cuts the tuples of Eq. 24 from them:
+
+    clip     |----------------------------------------------------------|
+    chunk 0  |=================|               `frames` = 4k + 1 long (81 frames are 21 latents)
+    chunk 1             |------===========|    first `overlap` frames = last `overlap` frames of chunk 0
+
+The VAE is causal: the latents of the overlap are the chunk's own first latents, kappa_gt needs no other data.
+Pictures are silent clips of one frame: the VAE can train on them, TalkingChunks passes over them. Left out:
+vocal separation (Eq. 23), hands over the face (DWPose), a learned quality score (DOVER).
+"""
+import argparse
+import csv
+import hashlib
+import json
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+FPS, RATE, HOP = 25, 16000, 640              # frames a second, samples a second, samples a frame
+VIDEOS = {".mp4", ".mpg", ".mpeg", ".mov", ".avi", ".mkv", ".webm"}
+PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
+FACE_BOX = (0.24, 0.18, 0.76, 0.88)          # a face in its square, fractions of the side: x0 y0 x1 y1
+
+
+# ---------- one file -> squares at 25 fps and sound at 16 kHz (Eq. 20) ----------
+def filtered(container, stream, *filters):
+    """Yields the frames of a stream after ffmpeg's filters, (name, options) each."""
+    graph, video = av.filter.Graph(), stream.type == "video"
+    stream.codec_context.thread_count = 1                # the parallel work is one file per worker
+    source = (graph.add_buffer if video else graph.add_abuffer)(template=stream)
+    sink = graph.add("buffersink" if video else "abuffersink")
+    graph.link_nodes(source, *(graph.add(*item) for item in filters), sink).configure()
+    for frame in chain(container.decode(stream), [None]):            # None: give out what is left inside
+        if frame is not None and frame.is_corrupt:
+            raise ValueError(f"damaged {stream.type} at {frame.time} s")
+        graph.push(frame)
+        with suppress(BlockingIOError, EOFError):        # until it wants the next frame
+            while True:
+                yield graph.pull()
+
+
+def read_video(path):
+    """Yields uint8 (H, W, 3) at exactly 25 fps: picture i is the one on screen (at a constant rate also the
+    nearest) at (i + 0.5) / 25 s after the first. Raises ValueError or an av error for a bad file."""
+    if path.suffix.lower() in PICTURES:
+        yield np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+        return
+    with av.open(str(path)) as container:
+        n, stream = 0, container.streams.best("video")
+        if stream is None:
+            raise ValueError("no video")
+        even = ("setpts", "PTS-STARTPTS"), ("fps", f"{FPS}:round=near")
+        square = "scale", f"iw*{stream.sample_aspect_ratio or 1}:ih"             # pixels
+        for frame in filtered(container, stream, *even, square):
+            n += 1                                       # and turned as a phone's file says
+            yield np.rot90(frame.to_ndarray(format="rgb24"), round((frame.rotation or 0) / 90))
+        if n / FPS < 0.9 * float((stream.duration or 0) * stream.time_base) - 0.1:
+            raise ValueError(f"truncated: only {n / FPS:.2f} s can be decoded")
+
+
+def read_audio(path, samples):
+    """A video's sound from the moment of its first picture on, padded or cut. -> int16 (samples,) at 16 kHz,
+    or (0,) if it has none. Streams that start late or early or have holes are kept in time."""
+    with av.open(str(path)) as container:
+        zero = next(container.decode(video=0)).time or 0.0
+    with av.open(str(path)) as container:
+        even = ("asetpts", f"PTS-{zero}/TB"), ("aresample", f"{RATE}:async=1:first_pts=0")
+        mono, stream = ("aformat", "sample_fmts=s16:channel_layouts=mono"), container.streams.best("audio")
+        parts = [p.to_ndarray()[0] for p in filtered(container, stream, *even, mono)] if stream else []
+    return np.concatenate([*parts, np.zeros(samples, np.int16)])[:samples if parts else 0]
+
+
+def square_crop(width, height, box=None):
+    """The square of Eq. 20: the largest in the middle, or the one in which a face box (x0, y0, x1, y1) is as
+    high as FACE_BOX, as far as the picture has room. -> x0, y0, x1, y1 in pixels"""
+    side, x, y = min(width, height), width / 2, height / 2
+    if box is not None:
+        side = min(side, max(box[2] - box[0], box[3] - box[1]) / (FACE_BOX[3] - FACE_BOX[1]))
+        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    x0, y0 = min(max(x - side / 2, 0), width - side), min(max(y - side / 2, 0), height - side)
+    return x0, y0, x0 + side, y0 + side
+
+
+def face_mask(frames, mask, box, parser):
+    """M of Eq. 23 for frames (N, H, W, 3): the sidecar's `mask` (N, h, w), else what `parser` says, else the
+    ellipse in `box` (fractions of the side). -> uint8 0/255 (N, H/4, W/4)"""
+    side = frames.shape[1] // 4
+    if mask is None and parser is None:
+        ellipse = Image.new("L", (side * 8, side * 8))
+        ImageDraw.Draw(ellipse).ellipse([v * side * 8 for v in box], fill=255)
+        mask = [np.asarray(ellipse)] * len(frames)
+    mask = [parser(frame) for frame in frames] if mask is None else mask
+    if len(mask) != len(frames):
+        raise ValueError(f"the sidecar has {len(mask)} masks for {len(frames)} frames")
+    mask = [np.asarray(Image.fromarray(m).resize((side, side), Image.Resampling.BOX)) for m in mask]
+    return (np.stack(mask) >= 128).astype(np.uint8) * 255
+
+
+def decode(path, size, parser=None, faces=None):
+    """A video or picture -> frames uint8 (N, size, size, 3), audio int16 (640 N,) or (0,) if silent, mask
+    uint8 (N, size/4, size/4). The crop is around the sidecar's face box, else around the one `faces` mostly
+    finds, else in the middle; a square file with a sidecar stays whole. Raises if the file is no good."""
+    sidecar, crop, frames, still = {}, None, bytearray(), path.suffix.lower() in PICTURES
+    if path.with_suffix(".npz").exists():
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as npz:
+            sidecar = {key: npz[key] for key in ("mask", "box") if key in npz}
+    box = sidecar.get("box")
+    if faces and not sidecar:                # one look every 2 s
+        found = [face for face in map(faces, islice(read_video(path), 0, None, 2 * FPS)) if face is not None]
+        box = np.median(found, axis=0) if found else None
+    for picture in read_video(path):
+        height, width = picture.shape[:2]
+        crop = crop or square_crop(width, height, None if sidecar and width == height else box)
+        frames += Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS, crop).tobytes()
+    frames = np.frombuffer(frames, np.uint8).reshape(-1, size, size, 3)
+    if len(frames) < (1 if still else 2):
+        raise ValueError(f"{len(frames)} frames")
+    audio = np.zeros(0, np.int16) if still else read_audio(path, len(frames) * HOP)
+    box = FACE_BOX if box is None else [(v - crop[k % 2]) / (crop[2] - crop[0]) for k, v in enumerate(box)]
+    return frames, audio, face_mask(frames, sidecar.get("mask"), box, parser)
+
+
+# ---------- a folder of files -> clips, decoded once ----------
+@dataclass(frozen=True)
+class Clip:
+    """A decoded clip of N frames. Its arrays are opened at every access: no open files, cheap to send."""
+    name: str                                # file name without its ending
+    identity: str                            # "identity" of NAME.json, else the name
+    path: Path                               # the video
+    store: Path                              # the folder of its three arrays
+    length: int                              # N
+    frames = property(lambda self: np.load(self.store / "frames.npy", mmap_mode="r"))  # uint8 (N, H, W, 3)
+    audio = property(lambda self: np.load(self.store / "audio.npy", mmap_mode="r"))    # int16 (640 N,), (0,)
+    mask = property(lambda self: np.load(self.store / "mask.npy", mmap_mode="r"))      # uint8 (N, H/4, W/4)
+
+
+def cached(path, cache, size, parser=None, faces=None):
+    """The folder in `cache` with a file's arrays; decodes if the file, its sidecar or the settings are new.
+    Written elsewhere, then renamed: two processes may do the same file at the same time."""
+    sidecar = path.with_suffix(".npz")
+    stamps = [(f.stat().st_size, f.stat().st_mtime_ns) for f in (path, sidecar) if f.exists()]
+    key = [1, str(path.resolve()), *stamps, size, *(getattr(f, "__qualname__", f) for f in (parser, faces))]
+    final = cache / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
+    if not final.exists():
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as part:
+            new = Path(part) / final.name
+            new.mkdir()
+            for name, array in zip(("frames", "audio", "mask"), decode(path, size, parser, faces), strict=True):
+                np.save(new / f"{name}.npy", array)
+            with suppress(OSError):     # another process was quicker: its arrays are the same
+                new.rename(final)
+    return final
+
+
+def sidecar_text(path, key):
+    """A value of NAME.json beside a file, as text; without it the file's name without its ending."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))[key])
+    return path.stem
+
+
+def media_files(folder, endings):
+    """The files with one of the endings that lie directly in a folder, by name."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in endings and not p.name.startswith("."))
+
+
+def split_of(folder, who):
+    """Path -> "train", "val" or None for a folder's files (path -> identity), as split.json or split.tsv
+    (here or, GRID's, in the parent) says, else by hash: 5 % of the identities, at least 1 of 2, are "val"."""
+    tables = folder / "split.json", folder / "split.tsv", folder.parent / "split.tsv"
+    table = next((table for table in tables if table.exists()), None)
+    if table is None:
+        rank = {x: int(hashlib.sha256(x.encode()).hexdigest()[:8], 16) / 2 ** 32 for x in who.values()}
+        bar = max(0.05, min(rank.values())) if len(rank) > 1 else 0.0
+        return {path: "val" if rank[x] <= bar else "train" for path, x in who.items()}
+    text = table.read_text(encoding="utf-8")
+    if table.suffix == ".json":
+        part = {name: part for part, names in json.loads(text).items() for name in names}
+    else:
+        part = {row["clip"]: row["split"] for row in csv.DictReader(text.splitlines(), delimiter="\t")}
+    return {path: part.get(path.stem) for path in who}
+
+
+class ClipFolder:
+    """The clips of one or more folders as .clips (list of Clip) and .skipped (list of (file name, reason)).
+    Beside a file, NAME.json ("identity") and NAME.npz ("mask" uint8 (N, h, w), "box" x0 y0 x1 y1 in pixels)
+    are used; without them `parser`, picture -> mask uint8 (h, w), and `faces`, picture -> box or None.
+    Raises FileNotFoundError for a missing folder, ValueError if no clip is left."""
+
+    def __init__(self, folders, size=128, split="train", cache=None, need_audio=True, workers=1, parser=None,
+                 faces=None):
+        if size % 8 or size < 16 or split not in ("train", "val", "all"):
+            raise ValueError(f"size {size} must be a multiple of 8, and split {split} train, val or all")
+        self.clips, self.skipped, jobs = [], [], []
+        for folder in map(Path, [folders] if isinstance(folders, (str, Path)) else folders):
+            who = {path: sidecar_text(path, "identity") for path in media_files(folder, VIDEOS | PICTURES)}
+            store, part = Path(cache or folder / f".cache-{size}"), split_of(folder, who)
+            store.mkdir(parents=True, exist_ok=True)
+            jobs += [(path, who[path], store) for path in who if split in ("all", part[path])]
+            self.skipped += [(path.name, "in no split") for path in who if split != "all" and not part[path]]
+
+        def load(job):
+            path, identity, store = job
+            try:
+                store = cached(path, store, size, parser, faces)
+                clip = Clip(path.stem, identity, path, store, len(np.load(store / "mask.npy", mmap_mode="r")))
+                if need_audio and path.suffix.lower() in VIDEOS and not len(clip.audio):
+                    raise ValueError("no audio")
+                return clip
+            except Exception as error:       # noqa: BLE001, a decoder trips over any rubbish: it is a row
+                return path.name, f"{type(error).__name__}: {error}"
+
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for clip in tqdm(pool.map(load, jobs), "decoding", len(jobs), unit="file", disable=None):
+                (self.clips if isinstance(clip, Clip) else self.skipped).append(clip)
+        if not self.clips:
+            raise ValueError(f"no {split} clip in {folders}; skipped: {self.skipped[:3]}")
+
+    def report(self):
+        """One line of totals and one for every skipped file."""
+        minutes = sum(clip.length for clip in self.clips) / FPS / 60
+        head = f"clips: {len(self.clips)}  minutes: {minutes:.1f}  skipped: {len(self.skipped)}"
+        return "\n".join([head, *(f"  {name}: {why}" for name, why in self.skipped)])
+
+
+# ---------- clips -> training tuples (Eq. 24) ----------
+class TalkingChunks(torch.utils.data.Dataset):
+    """Chunks of `frames` (4k + 1) frames, each `frames - overlap` after the one before; too short or silent
+    clips are left out. Item i depends on (seed, epoch, i) alone, not on workers or order; set `.epoch` for
+    other references and chunks that begin elsewhere. An item: video uint8 (T, H, W, 3); reference uint8 (H,
+    W, 3), I^ref; audio float32 (640 T,) in [-1, 1]; mask uint8 0/255 (T, H/4, W/4); audio_start, its first
+    frame in the clip; clip, name; chunk, number."""
+
+    def __init__(self, clips, frames=81, overlap=9, seed=0):
+        if frames % 4 != 1 or overlap % 4 != 1 or not 0 < overlap < frames:
+            raise ValueError(f"frames {frames} and overlap {overlap} must be 1, 5, 9, ...; overlap < frames")
+        self.clips = [clip for clip in clips if clip.length >= frames and len(clip.audio)]
+        if not self.clips:
+            raise ValueError(f"none of {len(clips)} clips has {frames} frames and sound")
+        self.frames, self.step, self.seed, self.epoch = frames, frames - overlap, seed, 0
+        self.counts = [1 + (clip.length - frames) // self.step for clip in self.clips]  # chunks of a clip
+        self.items = [(i, k) for i, count in enumerate(self.counts) for k in range(count)]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, item):
+        return self.stream(*self.items[item], 1)[0]
+
+    def stream(self, clip_index, first, K):
+        """K consecutive chunks of a clip from chunk `first` on (of counts[clip_index], else IndexError), with
+        one reference: a frame of the clip outside these chunks, unless they fill it. -> list of items"""
+        if not 0 <= first < first + K <= self.counts[clip_index]:
+            raise IndexError(f"clip {clip_index} has {self.counts[clip_index]} chunks: not {first} + {K}")
+        clip, key = self.clips[clip_index], [self.seed, self.epoch, clip_index]
+        offset = int(np.random.default_rng(key).integers((clip.length - self.frames) % self.step + 1))
+        starts = [offset + self.step * k for k in range(first, first + K)]
+        outside = [f for f in range(clip.length) if not starts[0] <= f < starts[-1] + self.frames]
+        reference = clip.frames[np.random.default_rng([*key, first, K]).choice(outside or clip.length)]
+        return [{"video": torch.tensor(clip.frames[a:a + self.frames]),                        # (T, H, W, 3)
+                 "reference": torch.tensor(reference),                                         # (H, W, 3)
+                 "audio": torch.tensor(clip.audio[a * HOP:(a + self.frames) * HOP] / np.float32(32768)),
+                 "mask": torch.tensor(clip.mask[a:a + self.frames]),                           # (T, H/4, W/4)
+                 "audio_start": a, "clip": clip.name, "chunk": k} for k, a in enumerate(starts, first)]
+
+
+# ---------- raw footage -> clean clips (Appendix F) ----------
+LIMITS = {                                   # name: (1 at least, -1 at most, 0 a setting; default; meaning)
+    "size": (0, 256, "side of the clips, pixels"), "longest": (0, 20.0, "longer scenes are divided, seconds"),
+    "cut": (0, 5.0, "change between two frames that begins a new scene, grey levels"),
+    "alike": (0, 0.95, "Eq. 19: two visual hashes closer than this are one video"),
+    "seconds": (1, 3.24, "shortest clip: one chunk"), "rho": (1, 0.9, "Eq. 21: share of frames with a face"),
+    "sharpness": (1, 30.0, "q of Eq. 22, here the median variance of the Laplacian at 128 px"),
+    "frozen": (-1, 0.7, "share of frames like the one before"), "black": (-1, 0.1, "share of black frames"),
+    "loudness": (1, -45.0, "root mean square of the sound, dB of full scale"),
+    "clipping": (-1, 0.01, "share of samples at full scale"),
+    "sync_c": (1, 3.0, "Sync-C, with --syncnet"), "sync_d": (-1, 10.0, "Sync-D, with --syncnet")}
+
+
+def small_grey(frames, side):
+    """uint8 (N, H, W, 3) -> grey levels float32 (N, side, side)"""
+    small = [Image.fromarray(f).convert("L").resize((side, side), Image.Resampling.BOX) for f in frames]
+    return np.stack([np.asarray(f, np.float32) for f in small])
+
+
+def visual_hash(grey):
+    """h(v) of Eq. 19: how nine moments of grey (N, 16, 16) differ from their mean. -> unit vector (2304,)"""
+    nine = grey[np.linspace(0, len(grey) - 1, 9).astype(int)]
+    return (nine - nine.mean(0)).ravel() / max(1e-6, np.linalg.norm(nine - nine.mean(0)))
+
+
+def scenes_of(grey, cut, longest):
+    """[(first, last + 1)] of the scenes in grey (N, 16, 16): a cut changes more than `cut` grey levels and
+    four times as much as the frames around it. Scenes of more than `longest` frames are divided."""
+    change = np.abs(np.diff(grey, axis=0)).mean((1, 2))
+    cuts = [f + 1 for f, c in enumerate(change) if c > max(cut, 4 * np.median(change[max(0, f - 12):f + 13]))]
+    return [(int(part[0]), int(part[-1]) + 1) for scene in np.split(np.arange(len(grey)), cuts)
+            for part in np.array_split(scene, -(-len(scene) // max(1, int(longest))))]
+
+
+def measure(frames, audio, boxes):
+    """The figures of Eq. 21-22 for frames uint8 (T, H, W, 3), sound int16 (640 T,) and the face boxes of some
+    of the frames, None where there is no face, [] without a detector. -> dict"""
+    g, sound = small_grey(frames, 128), audio / 32768
+    edge = 4 * g[:, 1:-1, 1:-1] - g[:, 2:, 1:-1] - g[:, :-2, 1:-1] - g[:, 1:-1, 2:] - g[:, 1:-1, :-2]
+    figures = {"seconds": len(frames) / FPS, "sharpness": np.median(edge.var((1, 2))),
+               "frozen": np.sum(np.abs(np.diff(g, axis=0)).mean((1, 2)) < 0.1) / len(g),
+               "black": np.mean(g.mean((1, 2)) < 16), "clipping": np.mean(np.abs(sound) > 0.999),
+               "loudness": 10 * np.log10(np.mean(sound ** 2) + 1e-10)}
+    return figures | ({"rho": np.mean([box is not None for box in boxes])} if boxes else {})       # Eq. 21
+
+
+def failures(figures, limits):
+    """Eq. 22: the conditions a clip does not meet, in words. What was not measured is not judged."""
+    return [f"{key} {figures[key]:.3g} {'>' if sign < 0 else '<'} {limits[key]:g}" for key, (sign, *_) in
+            LIMITS.items() if key in figures and sign * (figures[key] - limits[key]) < 0]
+
+
+def face_detector():
+    """A function uint8 (H, W, 3) -> box x0 y0 x1 y1 (brow to chin, pixels) of the largest face, or None: the
+    Haar cascade of OpenCV, an extra, and gone in OpenCV 5. Without it None, and one warning."""
+    try:
+        import cv2
+        model, cascade = cv2.data.haarcascades + "haarcascade_frontalface_default.xml", cv2.CascadeClassifier
+    except (ImportError, AttributeError):
+        return print("warning: no face detector: crops are centred, faces not checked. To have one: "
+                     "pip install 'opencv-python-headless<5'", file=sys.stderr)
+
+    def haar_face(picture):
+        scale = max(1, min(picture.shape[:2]) // 240)
+        grey = np.asarray(Image.fromarray(picture).convert("L").reduce(scale))
+        found = cascade(model).detectMultiScale(grey, 1.1, 4, minSize=(40, 40))
+        x, y, w, _ = max(found, key=lambda box: box[2], default=(0, 0, 0, 0))
+        return scale * np.array([x + 0.1 * w, y + 0.01 * w, x + 0.9 * w, y + 1.08 * w]) if w else None
+    return haar_face
+
+
+def write_mp4(path, frames, audio):
+    """frames uint8 (T, H, W, 3) at 25 fps and sound int16 (640 T,) -> an H.264 + AAC file"""
+    part = path.with_suffix(".part")
+    with av.open(str(part), "w", format="mp4") as file:
+        video = file.add_stream("libx264", FPS, options={"crf": "16"})
+        voice = file.add_stream("aac", RATE, layout="mono")
+        video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for picture in frames:
+            file.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        sound = av.AudioFrame.from_ndarray(audio[None], format="s16", layout="mono")
+        sound.sample_rate = RATE
+        file.mux([*video.encode(), *voice.encode(sound), *voice.encode()])
+    part.replace(path)
+
+
+def prepare(src, dst, syncnet=None, **limits):
+    """Eq. 18-22: the videos of folder `src` -> good clips in `dst`, a row for every scene in dst/report.csv.
+    `syncnet`: function (frames, sound float32) -> (Sync-C, Sync-D). -> the rows; no "reason": it was kept"""
+    limits = {key: value[1] for key, value in LIMITS.items()} | limits
+    if limits["size"] % 8 or limits.keys() != LIMITS.keys():
+        raise ValueError(f"size is not a multiple of 8, or unknown: {limits.keys() - LIMITS.keys()}")
+    rows, seen, faces = [], [], face_detector()
+    dst.mkdir(parents=True, exist_ok=True)
+    for path in tqdm(media_files(src, VIDEOS), "preparing", unit="video", disable=None):
+        try:
+            frames, audio, _ = decode(path, limits["size"], None, faces)
+            if not len(audio):
+                raise ValueError("no audio")
+        except Exception as error:           # noqa: BLE001, as in ClipFolder
+            rows.append({"clip": path.stem, "source": path.name, "reason": f"unreadable: {error!r}"})
+            continue
+        grey, who = small_grey(frames, 16), sidecar_text(path, "source")
+        h = visual_hash(grey)                # Eq. 19: the first of the same source id or hash is kept
+        twin = next((name for name, id_, g in seen if id_ == who or g @ h > limits["alike"]), None)
+        seen.append((path.name, who, h))
+        for k, (a, b) in enumerate(scenes_of(grey, limits["cut"], limits["longest"] * FPS)):
+            part, sound, name = frames[a:b], audio[a * HOP:b * HOP], f"{path.stem}_{k:03d}"
+            boxes = [faces(frame) for frame in part[::5]] if faces else []     # 5 times a second
+            figures = measure(part, sound, boxes)
+            reasons = [f"duplicate of {twin}"] if twin else failures(figures, limits)
+            if syncnet and not reasons:
+                figures["sync_c"], figures["sync_d"] = syncnet(part, sound / np.float32(32768))
+                reasons = failures(figures, limits)
+            rows.append({"clip": name, "source": path.name, "start": a / FPS} | figures)
+            rows[-1]["reason"] = "; ".join(reasons)
+            if not reasons:
+                text = {"identity": sidecar_text(path, "identity"), "video": who, "start": a / FPS}
+                (dst / f"{name}.json").write_text(json.dumps(text), encoding="utf-8")
+                if faces:
+                    box = np.median([box for box in boxes if box is not None], axis=0)
+                    np.savez(dst / f"{name}.npz", box=box.astype(np.float32))
+                write_mp4(dst / f"{name}.mp4", part, sound)
+    with open(dst / "report.part", "w", encoding="utf-8", newline="") as f:
+        table = csv.DictWriter(f, ["clip", "source", "start", *(k for k in LIMITS if LIMITS[k][0]), "reason"])
+        table.writeheader()
+        table.writerows(rows)
+    (dst / "report.part").replace(dst / "report.csv")
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    cache = commands.add_parser("cache", help="decode the videos and pictures of folders once")
+    cache.add_argument("folders", nargs="+", help="folders with the files directly in them")
+    cache.add_argument("--size", type=int, default=128, help="side of the squares, pixels (default 128)")
+    cache.add_argument("--cache", help="where the arrays go (default FOLDER/.cache-SIZE)")
+    cache.add_argument("--workers", type=int, default=1, help="files decoded at the same time (default 1)")
+    clean = commands.add_parser("prepare", help="Appendix F: raw footage -> clean clips and report.csv")
+    clean.add_argument("src", type=Path, help="folder of raw videos")
+    clean.add_argument("dst", type=Path, help="folder for the clips and report.csv")
+    clean.add_argument("--syncnet", help="weights of the SyncNet of evaluate.py")
+    for key, (_, value, text) in LIMITS.items():
+        flag, text = "--" + key.replace("_", "-"), f"{text} (default {value})"
+        clean.add_argument(flag, type=type(value), default=value, help=text)
+    args = vars(parser.parse_args(argv))
+    try:
+        if args.pop("command") == "cache":
+            return print(ClipFolder(split="all", **args).report())
+        if args["syncnet"]:
+            from evaluate import syncnet_scorer
+            args["syncnet"] = syncnet_scorer(args["syncnet"])
+        else:
+            print("no SyncNet given: Sync-C/D not filtered")
+        rows = prepare(**args)
+        kept = [row["seconds"] for row in rows if not row["reason"]]
+        print(f"clips kept: {len(kept)} of {len(rows)}  minutes: {sum(kept) / 60:.1f}")
+        why = Counter(reason.split()[0] for row in rows for reason in row["reason"].split("; ") if reason)
+        print("rejected:", "  ".join(f"{reason} {n}" for reason, n in why.most_common()) or "none")
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(print(f"data.py: {error}", file=sys.stderr) or 2)
+
+
+if __name__ == "__main__":
+    main()
