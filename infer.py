@@ -259,7 +259,7 @@ def build_parser():
 
 def peak_memory():
     try:
-        from resource import RUSAGE_SELF, getrusage                             # not on Windows
+        from resource import RUSAGE_SELF, getrusage  # not on Windows
     except ImportError:
         return "unknown"
     unit = 2**20 if sys.platform == "darwin" else 2**10                         # macOS counts bytes, Linux KiB

@@ -1,7 +1,7 @@
 """Wan2.1's 3D causal VAE: 1 + 4k frames of pixels <-> 1 + k latents, 8 x 8 smaller. Paper sections 3.1-3.3 ("E" and "D").
 
 Same layers and parameter names as Wan2.1 (wan/modules/vae.py), so the official Wan2.1_VAE.pth loads with strict=True. The small
-preset `tiny` is the same class with fewer channels; this file also trains and measures it:
+preset `tiny` is the same class with fewer channels. How it is trained and measured stands in train_vae.py, and starts from here too:
     python vae.py --data DIR [DIR ...] --out weights/tiny           train on folders of clips and pictures
     python vae.py --evaluate --data DIR [DIR ...]                   PSNR, SSIM, flicker, re-encoding drift, speed -> vae_metrics.json
 
@@ -11,19 +11,14 @@ one holds four. That is why a chunk's continuity latents are re-encoded and not 
 
 Shapes: video (B, 3, T, H, W) in [-1, 1]; latents (B, C, F, h, w), normalised per channel; F = 1 + (T-1)//4, h = H/8, w = W/8.
 """
-import argparse
 import json
-import math
-import os
-import sys
-import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 # ---------------------------------------------------------------------------------------------------------------- config
 
@@ -274,7 +269,6 @@ class WanVAE(nn.Module):
 
 def load_vae(folder, device="cpu"):
     """weights folder (config.json, vae.safetensors) -> WanVAE in float32, eval mode. FileNotFoundError / ValueError if unusable."""
-    from safetensors.torch import load_file
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vae"]
     vae = WanVAE(VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
@@ -282,215 +276,6 @@ def load_vae(folder, device="cpu"):
     return vae.float().eval().requires_grad_(False).to(device)
 
 
-# ------------------------------------------------------------------------------------------------------------------ loss
-
-
-def spatial_gradient(x):
-    return x[..., 1:, :-1] - x[..., :-1, :-1], x[..., :-1, 1:] - x[..., :-1, :-1]
-
-
-def vae_loss(vae, video, cfg, generator):
-    """video (B, 3, T, H, W) -> loss, dict of its parts. L1 + L1 of the spatial and temporal gradients + a small KL.
-
-    The gradient terms cost sharp edges and flicker more than plain L1 does; KL only keeps the latents in a smooth, bounded cloud
-    (latent diffusion, arXiv 2112.10752): its weight is so small that the noise it asks for stays below what the eye sees."""
-    mu, logvar = vae.posterior(video)
-    mu, logvar = mu.float(), logvar.float().clamp(-20, 10)
-    eps = torch.randn(mu.shape, generator=generator)
-    z = mu + eps * torch.exp(0.5 * logvar)
-    out = vae.decoder(vae.conv2(z)).float()
-    l1 = (out - video).abs().mean()
-    edges = sum((a - b).abs().mean() for a, b in zip(spatial_gradient(out), spatial_gradient(video)))
-    flicker = ((out.diff(dim=2) - video.diff(dim=2)).abs().mean() if video.shape[2] > 1 else l1 * 0)
-    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
-    loss = l1 + cfg.edges * edges + cfg.flicker * flicker + cfg.kl * kl
-    return loss, dict(l1=l1, edges=edges, flicker=flicker, kl=kl)
-
-
-# ------------------------------------------------------------------------------------------------------------------ data
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    steps: int = 9000               # optimiser steps
-    lr: float = 1.5e-3              # peak, after the warm-up; then linearly to zero
-    warmup: int = 300               # steps
-    edges: float = 0.5              # weight of the spatial-gradient term
-    flicker: float = 0.5            # weight of the temporal-gradient term
-    kl: float = 1e-4                # weight of the KL term, mean over latents
-    ema: float = 0.999              # decay of the averaged weights that are shipped
-    seed: int = 0
-    minutes: float = 5.0            # between checkpoints
-
-
-# The course of training: (share of the steps, frames, side of the crop, clips a batch). Pictures first, because with one frame only the
-# last tap of every temporal kernel acts: an image autoencoder, many diverse faces a second. Then motion, small crops before whole frames.
-COURSE = ((0.45, 1, 64, 16), (0.55, 1, 128, 4), (0.83, 9, 64, 2), (0.93, 17, 64, 1), (1.00, 9, 128, 1))
-
-
-def training_batch(clips, frames, side, size, generator):
-    """-> (B, 3, T, side, side) in [-1, 1]: random place and time, mirrored, brightness, contrast and colour changed a little."""
-    def rand(n):
-        return int(torch.randint(n, (), generator=generator))
-    out = []
-    while len(out) < size:
-        video = clips[rand(len(clips))].frames                                  # uint8 (N, H, W, 3), memory-mapped
-        if len(video) < frames:
-            continue
-        f, y, x = rand(len(video) - frames + 1), rand(video.shape[1] - side + 1), rand(video.shape[2] - side + 1)
-        v = torch.from_numpy(np.array(video[f:f + frames, y:y + side, x:x + side])).permute(3, 0, 1, 2) / 127.5 - 1
-        v = v.flip(-1) if rand(2) else v
-        a = 1 + 0.4 * (torch.rand((3, 1, 1, 1), generator=generator) - 0.5) * torch.rand((), generator=generator)
-        b = 0.4 * (torch.rand((), generator=generator) - 0.5) * torch.rand((), generator=generator)
-        out.append((v * a + b).clamp(-1, 1))
-    return torch.stack(out)
-
-
-# ----------------------------------------------------------------------------------------------------------------- train
-
-
-def write_safetensors(path, tensors, metadata):
-    """Write aside, then rename: whoever kills us, the old file or the new one is there, never half of one."""
-    from safetensors.torch import save_file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, f"{path}.part", metadata)
-    os.replace(f"{path}.part", path)
-
-
-def save_checkpoint(path, vae, ema, opt, step):
-    tensors = {f"model.{k}": v for k, v in vae.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
-    for name, p in vae.named_parameters():
-        tensors |= {f"adam.{key}.{name}": v for key, v in opt.state[p].items()} if p in opt.state else {}
-    write_safetensors(path, tensors, {"step": str(step)})
-
-
-def load_checkpoint(path, vae, ema, opt):
-    from safetensors import safe_open
-    with safe_open(path, "pt") as f:
-        tensors, step = {k: f.get_tensor(k) for k in f.keys()}, int(f.metadata()["step"])
-    vae.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-    ema.update({k[4:]: v for k, v in tensors.items() if k.startswith("ema.")})
-    for name, p in vae.named_parameters():
-        keys = [k for k in tensors if k.startswith("adam.") and k.endswith("." + name) and k.split(".", 2)[2] == name]
-        if keys:
-            opt.state[p] = {k.split(".", 2)[1]: tensors[k].to(memory_format=torch.preserve_format) for k in keys}
-    return step
-
-
-def export(folder, vae, ema, clips):
-    """Measure mean and std of the latents, then write vae.safetensors (float16) and the "vae" part of config.json."""
-    vae.load_state_dict(ema)
-    total, square, n = 0, 0, 0
-    with torch.no_grad():
-        for clip in clips[:: max(1, len(clips) // 64)]:
-            T = min(17, (len(clip.frames) - 1) // 4 * 4 + 1)
-            mu = vae.posterior(pixels(clip.frames[:T]))[0].double()
-            total, square, n = total + mu.sum((0, 2, 3, 4)), square + mu.square().sum((0, 2, 3, 4)), n + mu[:, 0].numel()
-    mean = total / n
-    std = (square / n - mean ** 2).sqrt()
-    config = asdict(vae.config) | {"latents_mean": [round(x, 4) for x in mean.tolist()], "latents_std": [round(x, 4) for x in std.tolist()]}
-    write_safetensors(folder / "vae.safetensors", {k: v.half() for k, v in ema.items()}, {"class": "WanVAE"})
-    path = folder / "config.json"
-    every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    Path(f"{path}.part").write_text(json.dumps(every | {"vae": config}, indent=1), encoding="utf-8")
-    os.replace(f"{path}.part", path)
-
-
-def pixels(frames):
-    """uint8 (T, H, W, 3) -> (1, 3, T, H, W) in [-1, 1]."""
-    return (torch.from_numpy(np.array(frames)).permute(3, 0, 1, 2)[None] / 127.5 - 1)
-
-
-def train(cfg, config, clips, out, resume):
-    torch.manual_seed(cfg.seed)
-    vae = WanVAE(config)
-    inflate(vae)
-    opt = torch.optim.AdamW(vae.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    ema = {k: v.clone() for k, v in vae.state_dict().items()}
-    path = Path("runs/vae/checkpoint.safetensors")
-    start = load_checkpoint(path, vae, ema, opt) if resume and path.exists() else 0
-    last_save = clock = time.time()
-    seen = 0
-    for step in range(start, cfg.steps + 1):
-        # ------------------------------------------------------------------------------------------------ save
-        if step == cfg.steps or time.time() - last_save > 60 * cfg.minutes:
-            save_checkpoint(path, vae, ema, opt, step)
-            strip(vae, ema, clips, Path("runs/vae/strip.png"))
-            last_save = time.time()
-        if step == cfg.steps:
-            break
-        # ----------------------------------------------------------------------------------------------- TRAIN
-        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)  # by step: a resumed run draws what the killed one would
-        frames, side, size = next(stage[1:] for stage in COURSE if step < stage[0] * cfg.steps)
-        video = training_batch(clips, frames, side, size, generator)            # (B, 3, T, side, side)
-        lr = cfg.lr * min(1, (step + 1) / cfg.warmup) * (1 - step / cfg.steps)
-        opt.param_groups[0]["lr"] = lr
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, parts = vae_loss(vae, video, cfg, generator)
-        if not torch.isfinite(loss):
-            raise SystemExit(f"loss is {loss.item()} at step {step}; the last good checkpoint is {path}")
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        opt.step()
-        decay = min(cfg.ema, (1 + step) / (10 + step))
-        for k, v in vae.state_dict().items():
-            ema[k].lerp_(v, 1 - decay)
-        # ------------------------------------------------------------------------------------------------- log
-        seen += size * frames
-        if step % 50 == 0:
-            text = " ".join(f"{k} {v.item():.4f}" for k, v in parts.items())
-            print(f"step {step:5d}/{cfg.steps} | loss {loss.item():.4f} | {text} | norm {norm:.2f} | lr {lr:.1e} | "
-                  f"{frames} x {side} px | {seen / (time.time() - clock):.0f} frames/s", flush=True)
-            clock, seen = time.time(), 0
-    export(out, vae, ema, clips)
-
-
-def inflate(vae):
-    """Start as an image autoencoder: zero every past tap; let the temporal up- and downsampling begin as 'repeat' and 'keep the last'."""
-    with torch.no_grad():
-        for name, layer in vae.named_modules():
-            if isinstance(layer, CausalConv3d) and layer.kernel_size[0] == 3:
-                layer.weight[:, :, :-1] = 0
-                if name.endswith("time_conv"):
-                    layer.weight.zero_()
-                    layer.bias.zero_()
-                    layer.weight[:, :, -1, 0, 0] = torch.eye(layer.in_channels).repeat(layer.out_channels // layer.in_channels, 1)
-
-
-@torch.no_grad()
-def strip(vae, ema, clips, path):
-    """Input above reconstruction for eight clips, with the averaged weights: look at it before believing a number."""
-    from PIL import Image
-    averaged = WanVAE(vae.config).eval()
-    averaged.load_state_dict(ema)
-    columns = []
-    for clip in clips[:: max(1, len(clips) // 8)][:8]:
-        T = min(9, (len(clip.frames) - 1) // 4 * 4 + 1)
-        video = pixels(clip.frames[:T])
-        both = torch.cat([video[0, :, -1], averaged.decode(averaged.encode(video))[0, :, -1]], 1)       # (3, 2H, W)
-        columns.append(both)
-    image = ((torch.cat(columns, 2).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
-    Image.fromarray(image).save(path)
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", nargs="+", required=True, help="folders of clips and pictures")
-    parser.add_argument("--cache", nargs="*", help="where the decoded frames are kept, one per data folder")
-    parser.add_argument("--out", type=Path, default=Path("weights/tiny"), help="where the weights go")
-    parser.add_argument("--resume", action="store_true", help="go on from runs/vae")
-    for field in fields(TrainConfig):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    args = parser.parse_args(argv)
-    from data import ClipFolder
-    clips = []
-    for i, folder in enumerate(args.data):
-        clips += ClipFolder(folder, 128, "train", args.cache[i] if args.cache else None, need_audio=False).clips
-    cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
-    print(f"{len(clips)} clips | {cfg}", flush=True)
-    train(cfg, PRESETS["tiny"], clips, args.out, args.resume)
-
-
 if __name__ == "__main__":
+    from train_vae import main
     main()

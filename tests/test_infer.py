@@ -165,7 +165,8 @@ def picture(mode, path, size=(48, 64), **options):
 
 def test_every_kind_of_picture(tmp_path):
     """CMYK, palette, grey, transparent and 16-bit pictures are portraits too; EXIF says which way is up."""
-    for mode, name in (("CMYK", "a.jpg"), ("P", "b.png"), ("L", "c.png"), ("RGBA", "d.png"), ("LA", "e.png"), ("P", "f.gif"), ("RGB", "g.webp"), ("1", "h.png")):
+    for mode, name in (("CMYK", "a.jpg"), ("P", "b.png"), ("L", "c.png"), ("RGBA", "d.png"), ("LA", "e.png"), ("P", "f.gif"),
+                       ("RGB", "g.webp"), ("1", "h.png")):
         x = infer.load_image(picture(mode, tmp_path / name), 32)
         assert x.shape == (1, 3, 32, 32) and x.min() >= -1 and x.max() <= 1 and x.std() > 0.05, name
     clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import vae as V
-from vae import PRESETS, VAEConfig, WanVAE
+import train_vae as T
+from vae import PRESETS, CausalConv3d, VAEConfig, WanVAE, load_vae
 
 SMALL = VAEConfig(dim=8, z_dim=4, latents_mean=(0.1, -0.2, 0.3, 0.0), latents_std=(1.5, 0.5, 2.0, 1.0))
 
@@ -134,7 +134,7 @@ def test_encoding_in_groups_is_one_pass_encoding(small):
 def test_causal_convolution_is_conv3d_with_zeros_in_front():
     """The sum of shifted 2D convolutions is the 3D convolution."""
     torch.manual_seed(0)
-    layer, x = V.CausalConv3d(5, 7, 3, padding=1), torch.randn(2, 5, 6, 8, 8)
+    layer, x = CausalConv3d(5, 7, 3, padding=1), torch.randn(2, 5, 6, 8, 8)
     padded = torch.nn.functional.pad(x, (1, 1, 1, 1, 2, 0))
     torch.testing.assert_close(layer(x), torch.nn.functional.conv3d(padded, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
 
@@ -166,26 +166,26 @@ def test_training_learns_and_a_killed_run_goes_on_bitwise(tmp_path, monkeypatch,
     """A step depends on its number and the weights only: 8 steps, or 5 and 3 after a resume, give the same bytes."""
     from safetensors.torch import load_file
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(V, "COURSE", COURSE)
+    monkeypatch.setattr(T, "COURSE", COURSE)
     config = replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
-    cfg = V.TrainConfig(steps=8, warmup=2)
-    V.train(cfg, config, moving_clips(), tmp_path / "a", resume=False)
+    cfg = T.TrainConfig(steps=8, warmup=2)
+    T.train(cfg, config, [moving_clips()], tmp_path / "a", resume=False)
     first = load_file("runs/vae/checkpoint.safetensors")
-    real = V.vae_loss
+    real = T.vae_loss
 
     def killed(*args, calls=[]):                         # noqa: B006 - the list is the counter
         calls.append(1)
         if len(calls) == 7:
             raise KeyboardInterrupt
         return real(*args)
-    monkeypatch.setattr(V, "vae_loss", killed)
+    monkeypatch.setattr(T, "vae_loss", killed)
     with pytest.raises(KeyboardInterrupt):
-        V.train(replace(cfg, minutes=0), config, moving_clips(), tmp_path / "b", resume=False)
-    monkeypatch.setattr(V, "vae_loss", real)
-    V.train(cfg, config, moving_clips(), tmp_path / "b", resume=True)
+        T.train(replace(cfg, minutes=0), config, [moving_clips()], tmp_path / "b", resume=False)
+    monkeypatch.setattr(T, "vae_loss", real)
+    T.train(cfg, config, [moving_clips()], tmp_path / "b", resume=True)
     second = load_file("runs/vae/checkpoint.safetensors")
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-    V.train(replace(cfg, steps=120, warmup=10, lr=3e-3), config, moving_clips(), tmp_path / "c", resume=False)
+    T.train(replace(cfg, steps=120, warmup=10, lr=3e-3), config, [moving_clips()], tmp_path / "c", resume=False)
     log = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     losses = [float(line.split("loss ")[1].split()[0]) for line in log]
     assert losses[-1] < 0.6 * losses[-3], losses         # 120-step run: steps 0, 50, 100
@@ -194,10 +194,10 @@ def test_training_learns_and_a_killed_run_goes_on_bitwise(tmp_path, monkeypatch,
 def test_exported_weights_load_and_normalise(tmp_path, monkeypatch):
     """What train() ships is what load_vae() reads, and its latents have mean 0, standard deviation 1."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(V, "COURSE", COURSE)
+    monkeypatch.setattr(T, "COURSE", COURSE)
     config = replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
-    V.train(V.TrainConfig(steps=2), config, moving_clips(), tmp_path, resume=False)
-    vae = V.load_vae(tmp_path)
+    T.train(T.TrainConfig(steps=2), config, [moving_clips()], tmp_path, resume=False)
+    vae = load_vae(tmp_path)
     with torch.no_grad():
-        z = torch.cat([vae.encode(V.pixels(c.frames)) for c in moving_clips()])
+        z = torch.cat([vae.encode(T.pixels(c.frames)) for c in moving_clips()])
     assert z.mean((0, 2, 3, 4)).abs().max() < 0.05 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.05

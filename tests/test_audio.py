@@ -1,0 +1,327 @@
+"""Laws of audio.py: nothing is heard from the future, nothing moves in time, training can be interrupted."""
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+import audio
+from audio import HOP, RATE, AudioConfig, AudioEncoder, AudioProjection, latent_windows, load_audio
+
+WEIGHTS = Path(audio.__file__).parent / "weights" / "tiny" / "wav2vec2"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These networks are so small that a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return AudioEncoder(WEIGHTS)
+
+
+def speech(seconds, seed=0):
+    """Something uneven, like speech: noise whose loudness and colour change."""
+    rng = np.random.default_rng(seed)
+    wave = rng.standard_normal(round(seconds * RATE)) * (1.2 + np.sin(np.arange(round(seconds * RATE)) / 900))
+    return (0.1 * np.convolve(wave, np.hanning(9) / 4, "same")).astype(np.float32)
+
+# -------------------------------------------------------------------------------------------------- recording
+
+
+def tone_and_click(rate, channels):
+    """1 s of a 440 Hz tone, silence, a click of 2 ms in the middle of 1.25 s, silence until 1.5 s."""
+    t = np.arange(round(1.5 * rate)) / rate
+    wave = 0.3 * np.sin(2 * np.pi * 440 * t) * (t < 1) + 0.8 * np.exp(-0.5 * ((t - 1.25) / 5e-4) ** 2)
+    return np.repeat(wave[:, None], channels, 1).astype(np.float32)
+
+
+def write_m4a(path, wave, rate, late=0.0):
+    with av.open(str(path), "w", format="mp4") as file:
+        stream = file.add_stream("aac", rate=rate, layout="stereo" if wave.shape[1] == 2 else "mono")
+        stream.bit_rate = 96000
+        for start in range(0, len(wave), 1024):
+            block = np.ascontiguousarray(wave[start:start + 1024].T)
+            frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=stream.layout.name)
+            frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
+            frame.pts = start + round(late * rate)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+
+
+def measure(wave):
+    """-> frequency of the tone in Hz, time of the click in s."""
+    tone = wave[RATE // 5:4 * RATE // 5] * np.hanning(3 * RATE // 5)
+    spectrum = np.abs(np.fft.rfft(tone, 8 * RATE))
+    return np.argmax(spectrum) / 8, (RATE + 1600 + np.argmax(np.abs(wave[RATE + 1600:]))) / RATE
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3", "m4a"])
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+def test_any_file_keeps_pitch_and_time(tmp_path, kind, rate):
+    """Whatever the rate, the channels and the codec: a tone stays a tone and a click comes when it came."""
+    for channels in (1, 2):
+        path = tmp_path / f"x{channels}.{kind}"
+        if kind == "m4a":
+            write_m4a(path, tone_and_click(rate, channels), rate)
+        else:
+            soundfile.write(path, tone_and_click(rate, channels), rate)
+        wave = load_audio(path)
+        hertz, click = measure(wave)
+        assert wave.dtype == np.float32 and wave.ndim == 1 and np.abs(wave).max() <= 1
+        assert abs(hertz - 440) <= 0.25 and abs(click - 1.25) <= 0.001
+        padded = 0.002 if kind in ("wav", "flac", "ogg") else 0.12          # mp3, aac fill their last block
+        assert abs(len(wave) / RATE - 1.5) < padded
+
+
+def test_what_16_khz_cannot_hold_is_removed(tmp_path):
+    """Sampling theorem: a 9 kHz tone must vanish at 16 kHz; without a low-pass it comes back at 7 kHz."""
+    t = np.arange(44100) / 44100
+    soundfile.write(tmp_path / "high.wav", 0.5 * np.sin(2 * np.pi * 9000 * t), 44100)
+    assert np.abs(load_audio(tmp_path / "high.wav")[1000:-1000]).max() < 0.005
+
+
+def test_a_sound_track_that_starts_late_stays_late(tmp_path):
+    """Sound is counted from the time 0 of the file: lips and sound of a clip share one clock."""
+    write_m4a(tmp_path / "late.m4a", tone_and_click(16000, 1), 16000, late=0.5)
+    wave = load_audio(tmp_path / "late.m4a")
+    assert abs((2 * RATE - RATE // 2 + np.argmax(np.abs(wave[2 * RATE - RATE // 2:]))) / RATE - 1.75) <= 0.001
+
+
+def bad_files(folder):
+    soundfile.write(folder / "nan.wav", np.array([0, np.nan, 0], np.float32), RATE, subtype="FLOAT")
+    soundfile.write(folder / "inf.wav", np.array([0, np.inf, 0], np.float32), RATE, subtype="FLOAT")
+    soundfile.write(folder / "none.wav", np.zeros(0, np.float32), RATE)
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "text.wav").write_text("this is not a recording", encoding="utf-8")
+    (folder / "noise.mp4").write_bytes(bytes(range(256)) * 8)
+    Image.new("RGB", (8, 8)).save(folder / "picture.png")
+    with av.open(str(folder / "silent_film.mp4"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 16
+        film.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
+        film.mux(stream.encode(None))
+    return [*sorted(folder.iterdir()), folder]
+
+
+def test_bad_recordings_raise_one_clear_line(tmp_path):
+    """A wrong file is the commonest mistake: one line that names the file, never a decoder's traceback."""
+    for path in bad_files(tmp_path):
+        with pytest.raises(ValueError) as error:
+            load_audio(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_audio(tmp_path / "missing.wav")
+
+# ---------------------------------------------------------------------------------------------------- encoder
+
+
+def test_features_never_hear_the_future(encoder):
+    """A chunk's frames know nothing after its last frame: a chunk can be made as soon as it was spoken."""
+    wave = speech(6)
+    changed = wave.copy()
+    changed[90 * HOP:] = speech(6, seed=1)[90 * HOP:]
+    here, there = encoder.features(wave, 9, 81), encoder.features(changed, 9, 81)
+    assert here.shape == (81, encoder.layers, encoder.dim) and here.dtype == torch.float32
+    assert torch.equal(here, there) and torch.equal(here, encoder.features(wave[:90 * HOP], 9, 81))
+    assert not torch.equal(here, encoder.features(changed, 10, 81)[:81])
+
+
+def test_features_hear_eight_seconds_and_no_more(encoder):
+    """The window is bounded, so a long recording costs no more memory than a short one."""
+    wave = speech(14)
+    changed = wave.copy()
+    changed[:(300 - 200) * HOP] = 0                                         # all that lies before the 8 s
+    here = encoder.features(wave, 219, 81)
+    assert torch.equal(here, encoder.features(changed, 219, 81))
+    changed[:101 * HOP] = 0
+    assert not torch.equal(here, encoder.features(changed, 219, 81))
+
+
+def test_features_have_no_state_and_no_chance(encoder):
+    """Same input, same output: no dropout, no SpecAugment, and the global random state is left alone."""
+    wave, before = speech(2), torch.get_rng_state()
+    here = encoder.features(wave, 0, 50)
+    encoder.features(speech(3, seed=2), 0, 75)
+    assert torch.equal(here, encoder.features(torch.from_numpy(wave), 0, 50))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_silence_and_loudness(encoder):
+    """Silence gives finite features (not 0/0), also after the end; a louder recording sounds the same."""
+    assert torch.equal(audio.normalise(torch.zeros(1, 640)), torch.zeros(1, 640))
+    assert encoder.features(np.zeros(5 * RATE, np.float32), 44, 81).isfinite().all()
+    assert encoder.features(np.zeros(0, np.float32), 500, 1).isfinite().all()
+    wave = speech(2)
+    loud, soft = encoder.features(wave, 0, 50), encoder.features(0.5 * wave, 0, 50)
+    torch.testing.assert_close(loud, soft, rtol=1e-2, atol=1e-2)
+    for start, frames in ((0, 0), (0, 201), (-1, 5)):
+        with pytest.raises(ValueError, match="frames"):
+            encoder.features(wave, start, frames)
+
+
+def test_one_frame_is_one_40_ms_slot():
+    """The small model's stretched convolutions see their own frame only: samples [640 i, 640 (i+1))."""
+    torch.manual_seed(0)
+    model = audio.new_model().eval().requires_grad_(False)
+    wave = torch.randn(1, 9 * HOP, requires_grad=True)
+    heard = model.feature_extractor(wave)
+    assert heard.shape[-1] == 2 * 9 - 1
+    stretched = torch.nn.functional.interpolate(heard, size=9, mode="linear", align_corners=True)
+    gradient, = torch.autograd.grad(stretched[:, :, 4].square().sum(), wave)
+    slots = gradient.view(9, HOP).abs().amax(1)
+    assert slots[4] > 0 and slots[[0, 1, 2, 3, 5, 6, 7, 8]].max() < 1e-3 * slots[4]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_any_wav2vec2_can_be_put_in(tmp_path, large):
+    """Sizes come from the config, hidden states are transformers' own: base-960h and large models fit too."""
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2Model
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, vocab_size=5, conv_bias=large,
+        feat_extract_norm="layer" if large else "group", do_stable_layer_norm=large)
+    Wav2Vec2ForCTC(config).save_pretrained(tmp_path)                    # base-960h comes with a letter head
+    encoder = AudioEncoder(str(tmp_path))
+    assert (encoder.layers, encoder.dim) == (3, 24)
+    assert encoder.features(speech(4), 19, 81).shape == (81, 3, 24)
+    wave = audio.normalise(torch.from_numpy(speech(1)))[None]
+    theirs = Wav2Vec2Model.from_pretrained(tmp_path).eval()(wave, output_hidden_states=True)
+    ours = audio.transformer_states(encoder.model, encoder.model.feature_extractor(wave).transpose(1, 2))
+    for a, b in zip(ours, (*theirs.hidden_states[1:-1], theirs.last_hidden_state), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_wrong_weights_raise_one_clear_line(tmp_path):
+    """A folder that holds something else says what is missing, before any video is made with random ears."""
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        AudioEncoder(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        AudioEncoder(tmp_path)
+    shutil.copytree(WEIGHTS, tmp_path / "w")
+    config = json.loads((tmp_path / "w" / "config.json").read_text(encoding="utf-8"))
+    for wrong, message in (({"num_hidden_layers": 6}, "lacks"), ({"hidden_size": 128}, "cannot load")):
+        (tmp_path / "w" / "config.json").write_text(json.dumps({**config, **wrong}), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            AudioEncoder(tmp_path / "w")
+    (tmp_path / "w" / "model.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(ValueError, match="cannot load"):
+        AudioEncoder(tmp_path / "w")
+
+
+def test_shipped_weights_are_small(encoder):
+    """The tiny preset's ears: at most 6 M parameters, in half precision on disk."""
+    assert sum(p.numel() for p in encoder.model.parameters()) <= 6e6
+    assert (WEIGHTS / "model.safetensors").stat().st_size < 2.1 * 6e6
+
+# ------------------------------------------------------------------------------------------------- projection
+
+
+def test_a_latent_hears_its_frames_and_two_more_on_each_side():
+    """Latent 0 is frame 0, latent f is frames 4f-3..4f; its tokens know these and two more on each side."""
+    torch.manual_seed(0)
+    T, projection = 21, AudioProjection(2, 3, 16, tokens=4, hidden=8)
+    features = torch.randn(1, T, 2, 3, requires_grad=True)
+    first, rest = latent_windows(features)
+    assert first.shape == (1, 5, 2, 3) and rest.shape == (1, 5, 8, 2, 3)
+    tokens = projection(features)
+    assert tokens.shape == (1, 6, 4, 16)
+    for f in range(6):
+        one_number = (tokens[0, f] * torch.randn(4, 16)).sum()
+        gradient, = torch.autograd.grad(one_number, features, retain_graph=True)
+        touched = set(gradient[0].abs().sum((1, 2)).nonzero().flatten().tolist())
+        own = range(4 * f - 3, 4 * f + 1) if f else [0]
+        assert touched == set(range(max(0, min(own) - 2), min(T, max(own) + 3)))
+    with pytest.raises(ValueError, match="4F - 3"):
+        latent_windows(features[:, :20])
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def test_viseme_classes_cover_every_phone_once():
+    """Every phone belongs to one mouth shape."""
+    assert len(audio.PHONES) == len(set(audio.PHONES)) == 41 and audio.PHONES[0] == "sil"
+    assert audio.VISEME_OF[audio.PHONES.index("m")] == audio.VISEME_OF[audio.PHONES.index("b")]
+    assert audio.VISEME_OF[audio.PHONES.index("f")] != audio.VISEME_OF[audio.PHONES.index("b")]
+
+
+def write_tones(folder, speakers=8):
+    """Recordings in a language of four phones, each a tone of its own: the least that can be learnt."""
+    rng = np.random.default_rng(0)
+    (folder / "speech").mkdir()
+    (folder / "phones").mkdir()
+    for speaker in range(speakers):
+        spoken = rng.integers(0, 4, 40)
+        hertz = np.repeat(np.array([0, 300, 900, 2700])[spoken], RATE // 10)
+        wave = 0.3 * np.sin(2 * np.pi * hertz * np.arange(len(hertz)) / RATE)
+        wave += 0.003 * rng.standard_normal(len(hertz))
+        soundfile.write(folder / "speech" / f"{speaker}-a.flac", wave, RATE)
+        names = [("sil", "m", "ə", "s")[phone] for phone in spoken]
+        lines = [f"{i / 10:.2f}\t{i / 10 + 0.1:.2f}\t{name}\t0.90" for i, name in enumerate(names)]
+        (folder / "phones" / f"{speaker}-a.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "speech", folder / "phones"
+
+
+def test_labels_lie_where_the_sound_lies(tmp_path):
+    """After a change of speed, label and sound of a training frame must still be at the same place."""
+    takes = audio.load_speech(*write_tones(tmp_path, 2))
+    wave, target, weight = audio.training_batch(takes, AudioConfig(frames=200), np.random.default_rng(0))
+    assert target.shape[:2] == weight.shape == (wave.shape[0], wave.shape[1] // HOP)
+    torch.testing.assert_close(target.sum(-1), torch.ones_like(weight))
+    spectrum = torch.fft.rfft(wave.unflatten(1, (-1, HOP))).abs()           # (B, T, 321), 25 Hz apart
+    high = spectrum[..., 88:132].square().sum(-1) / spectrum.square().sum(-1)       # 2.2 to 3.3 kHz
+    s, m = target[..., audio.PHONES.index("s")] == 1, target[..., audio.PHONES.index("m")] == 1
+    assert s.sum() > 10 and high[s].median() > 3 * high[m].median()
+
+
+def test_twenty_steps_learn_and_a_kill_changes_nothing(tmp_path, monkeypatch):
+    """Training finds four tones in 20 steps, and a run that was killed and resumed ends in the same bits."""
+    takes = audio.load_speech(*write_tones(tmp_path))
+    cfg = AudioConfig(steps=20, every=10, frames=50, bf16=0)
+    losses = audio.train(cfg, takes, tmp_path / "a", tmp_path / "run_a")
+    assert losses[0] > 3 and np.mean(losses[-3:]) < 2.2                 # chance among 41 phones: log 41 = 3.7
+    batch = audio.training_batch
+
+    def killed(takes, cfg, rng):
+        if np.random.default_rng((cfg.seed, 13)).bit_generator.state == rng.bit_generator.state:
+            raise KeyboardInterrupt
+        return batch(takes, cfg, rng)
+    monkeypatch.setattr(audio, "training_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        audio.train(cfg, takes, tmp_path / "b", tmp_path / "run_b")
+    monkeypatch.setattr(audio, "training_batch", batch)
+    assert audio.train(cfg, takes, tmp_path / "b", tmp_path / "run_b", resume=True) == losses[10:]
+    for name in ("model.safetensors", "head.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with pytest.raises(ValueError, match="other options"):
+        audio.train(AudioConfig(steps=21), takes, tmp_path / "b", tmp_path / "run_b", resume=True)
+
+
+def test_the_command_trains_measures_and_refuses(tmp_path, capsys):
+    """python audio.py end to end: it leaves a folder that AudioEncoder loads, and figures in metrics.json."""
+    speech, phones = map(str, write_tones(tmp_path, 12))
+    common = ["--speech", speech, "--phones", phones, "--out", str(tmp_path / "w"), "--fold", "1"]
+    audio.main([*common, "--run", str(tmp_path / "run"), "--steps", "2", "--frames", "50", "--bf16", "0"])
+    assert AudioEncoder(tmp_path / "w").dim == 256
+    figures = json.loads((tmp_path / "w" / "metrics.json").read_text(encoding="utf-8"))
+    assert 0 <= figures["phone_accuracy"] <= figures["viseme_accuracy"] <= 1 < figures["parameters"]
+    assert "viseme_accuracy: " in capsys.readouterr().out
+    nowhere = str(tmp_path / "no")
+    for wrong in (["--speech", nowhere], ["--out", nowhere, "--evaluate"], ["--fold", "99"],
+                  ["--resume", "--run", nowhere]):
+        with pytest.raises(SystemExit) as stop:
+            audio.main([*common, *wrong])
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.startswith("audio.py: ") and message.count("\n") == 1

@@ -1,0 +1,333 @@
+"""Trains the small VAE of vae.py on folders of clips and pictures, and measures it.
+
+    python vae.py --data PUPPETS GRID PORTRAITS --out weights/tiny          two cores: about 2 hours; runs/vae holds checkpoint, log and strip
+    python vae.py --evaluate --data PUPPETS GRID --weights weights/tiny     held-out clips -> the figures of vae_metrics.json
+
+The course goes from easy to real: pictures first, where only the last tap of every temporal kernel acts (an image autoencoder: many
+diverse faces a second), then short clips, then long ones. Wan trains in the same order (Wan report, arXiv 2503.20314, section 4.1).
+Reads what data.py reads; writes vae.safetensors (averaged weights, float16) and the "vae" part of config.json.
+"""
+import argparse
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from data import ClipFolder
+from vae import PRESETS, CausalConv3d, WanVAE, load_vae
+
+# ------------------------------------------------------------------------------------------------------------------ loss
+
+
+def spatial_gradient(x):
+    return x[..., 1:, :-1] - x[..., :-1, :-1], x[..., :-1, 1:] - x[..., :-1, :-1]
+
+
+def vae_loss(vae, video, cfg, generator):
+    """video (B, 3, T, H, W) -> loss, dict of its parts. L1 + L1 of the spatial and temporal gradients + a small KL.
+
+    The gradient terms cost sharp edges and flicker more than plain L1 does; KL only keeps the latents in a smooth, bounded cloud
+    (latent diffusion, arXiv 2112.10752): its weight is so small that the noise it asks for stays below what the eye sees."""
+    mu, logvar = vae.posterior(video)
+    mu, logvar = mu.float(), logvar.float().clamp(-20, 10)
+    eps = torch.randn(mu.shape, generator=generator)
+    z = mu + eps * torch.exp(0.5 * logvar)
+    out = vae.decoder(vae.conv2(z)).float()
+    l1 = (out - video).abs().mean()
+    edges = sum((a - b).abs().mean() for a, b in zip(spatial_gradient(out), spatial_gradient(video)))
+    flicker = ((out.diff(dim=2) - video.diff(dim=2)).abs().mean() if video.shape[2] > 1 else l1 * 0)
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
+    loss = l1 + cfg.edges * edges + cfg.flicker * flicker + cfg.kl * kl
+    return loss, dict(l1=l1, edges=edges, flicker=flicker, kl=kl)
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 8000               # optimiser steps
+    lr: float = 1.5e-3              # peak, after the warm-up; then linearly to zero
+    warmup: int = 300               # steps
+    edges: float = 0.5              # weight of the spatial-gradient term
+    flicker: float = 0.5            # weight of the temporal-gradient term
+    kl: float = 1e-4                # weight of the KL term, mean over latents
+    ema: float = 0.999              # decay of the averaged weights that are shipped
+    seed: int = 0
+    minutes: float = 5.0            # between checkpoints
+    compile: bool = False           # torch.compile: a third faster, after three minutes for every stage of the course
+
+
+# The course of training: (share of the steps, frames, side of the crop, clips a batch). Pictures first, because with one frame only the
+# last tap of every temporal kernel acts: an image autoencoder, many diverse faces a second. Then motion, small crops before whole frames.
+COURSE = ((0.45, 1, 64, 16), (0.475, 1, 128, 4), (0.86, 9, 64, 2), (1.00, 25, 64, 1))
+
+
+def training_batch(folders, frames, side, size, generator):
+    """-> (B, 3, T, side, side) in [-1, 1]: random place and time, mirrored, brightness, contrast and colour changed a little."""
+    def rand(n):
+        return int(torch.randint(n, (), generator=generator))
+    out = []
+    while len(out) < size:
+        clips = folders[rand(len(folders))]                                     # every folder is heard equally, however small
+        video = clips[rand(len(clips))].frames                                  # uint8 (N, H, W, 3), memory-mapped
+        if len(video) < frames:
+            continue
+        f, y, x = rand(len(video) - frames + 1), rand(video.shape[1] - side + 1), rand(video.shape[2] - side + 1)
+        v = torch.from_numpy(np.array(video[f:f + frames, y:y + side, x:x + side])).permute(3, 0, 1, 2) / 127.5 - 1
+        v = v.flip(-1) if rand(2) else v
+        a = 1 + 0.4 * (torch.rand((3, 1, 1, 1), generator=generator) - 0.5) * torch.rand((), generator=generator)
+        b = 0.4 * (torch.rand((), generator=generator) - 0.5) * torch.rand((), generator=generator)
+        out.append((v * a + b).clamp(-1, 1))
+    return torch.stack(out)
+
+
+# ----------------------------------------------------------------------------------------------------------------- train
+
+
+def write_safetensors(path, tensors, metadata):
+    """Write aside, then rename: whoever kills us, the old file or the new one is there, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, f"{path}.part", metadata)
+    os.replace(f"{path}.part", path)
+
+
+def write_json(path, data):
+    Path(f"{path}.part").write_text(json.dumps(data, indent=1), encoding="utf-8")
+    os.replace(f"{path}.part", path)
+
+
+def save_checkpoint(path, vae, ema, opt, step):
+    tensors = {f"model.{k}": v for k, v in vae.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
+    for i, state in opt.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
+    write_safetensors(path, tensors, {"step": str(step)})
+
+
+def load_checkpoint(path, vae, ema, opt):
+    """-> the step to go on with. Everything else a step depends on is drawn from its number."""
+    with safe_open(path, "pt") as f:
+        tensors, step = {k: f.get_tensor(k) for k in f.keys()}, int(f.metadata()["step"])
+    part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+    vae.load_state_dict(part("model."))
+    ema.update(part("ema."))
+    state = {}
+    for k, v in part("adam.").items():
+        state.setdefault(int(k.split(".")[0]), {})[k.split(".")[1]] = v
+    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+    return step
+
+
+def export(folder, vae, ema, clips):
+    """Measure mean and std of the latents, then write vae.safetensors (float16) and the "vae" part of config.json."""
+    vae.load_state_dict(ema)
+    total, square, n = 0, 0, 0
+    with torch.no_grad():
+        for clip in clips[:: max(1, len(clips) // 64)]:
+            T = min(17, (len(clip.frames) - 1) // 4 * 4 + 1)
+            mu = vae.posterior(pixels(clip.frames[:T]))[0].double()
+            total, square, n = total + mu.sum((0, 2, 3, 4)), square + mu.square().sum((0, 2, 3, 4)), n + mu[:, 0].numel()
+    mean = total / n
+    std = (square / n - mean ** 2).sqrt()
+    config = asdict(vae.config) | {"latents_mean": [round(x, 4) for x in mean.tolist()], "latents_std": [round(x, 4) for x in std.tolist()]}
+    write_safetensors(folder / "vae.safetensors", {k: v.half() for k, v in ema.items()}, {"class": "WanVAE"})
+    path = folder / "config.json"
+    every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, every | {"vae": config})
+
+
+def pixels(frames):
+    """uint8 (T, H, W, 3) -> (1, 3, T, H, W) in [-1, 1]."""
+    return (torch.from_numpy(np.array(frames)).permute(3, 0, 1, 2)[None] / 127.5 - 1)
+
+
+def train(cfg, config, folders, out, resume):
+    torch.manual_seed(cfg.seed)
+    vae = WanVAE(config)
+    inflate(vae)
+    opt = torch.optim.AdamW(vae.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    ema = {k: v.clone() for k, v in vae.state_dict().items()}
+    if cfg.compile:
+        vae.encoder.compile(dynamic=False)
+        vae.decoder.compile(dynamic=False)
+    path = Path("runs/vae/checkpoint.safetensors")
+    start = load_checkpoint(path, vae, ema, opt) if resume and path.exists() else 0
+    last_save = clock = time.time()
+    seen = 0
+    for step in range(start, cfg.steps + 1):
+        # ------------------------------------------------------------------------------------------------ save
+        if step == cfg.steps or time.time() - last_save > 60 * cfg.minutes:
+            save_checkpoint(path, vae, ema, opt, step)
+            strip(vae, ema, sum(folders, []), Path("runs/vae/strip.png"))
+            last_save = time.time()
+        if step == cfg.steps:
+            break
+        # ----------------------------------------------------------------------------------------------- TRAIN
+        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)  # by step: a resumed run draws what the killed one would
+        frames, side, size = next(stage[1:] for stage in COURSE if step < stage[0] * cfg.steps)
+        video = training_batch(folders, frames, side, size, generator)          # (B, 3, T, side, side)
+        lr = cfg.lr * min(1, (step + 1) / cfg.warmup) * (1 - step / cfg.steps)
+        opt.param_groups[0]["lr"] = lr
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, parts = vae_loss(vae, video, cfg, generator)
+        if not torch.isfinite(loss):
+            raise SystemExit(f"loss is {loss.item()} at step {step}; the last good checkpoint is {path}")
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        opt.step()
+        decay = min(cfg.ema, (1 + step) / (10 + step))
+        for k, v in vae.state_dict().items():
+            ema[k].lerp_(v, 1 - decay)
+        # ------------------------------------------------------------------------------------------------- log
+        seen += size * frames
+        if step % 50 == 0:
+            text = " ".join(f"{k} {v.item():.4f}" for k, v in parts.items())
+            print(f"step {step:5d}/{cfg.steps} | loss {loss.item():.4f} | {text} | norm {norm:.2f} | lr {lr:.1e} | "
+                  f"{frames} x {side} px | {seen / (time.time() - clock):.0f} frames/s", flush=True)
+            clock, seen = time.time(), 0
+    export(out, vae, ema, sum(folders, []))
+
+
+def inflate(vae):
+    """Start as an image autoencoder: zero every past tap; let the temporal up- and downsampling begin as 'repeat' and 'keep the last'."""
+    with torch.no_grad():
+        for name, layer in vae.named_modules():
+            if isinstance(layer, CausalConv3d) and layer.kernel_size[0] == 3:
+                layer.weight[:, :, :-1] = 0
+                if name.endswith("time_conv"):
+                    layer.weight.zero_()
+                    layer.bias.zero_()
+                    layer.weight[:, :, -1, 0, 0] = torch.eye(layer.in_channels).repeat(layer.out_channels // layer.in_channels, 1)
+
+
+@torch.no_grad()
+def strip(vae, ema, clips, path):
+    """Input above reconstruction for eight clips, with the averaged weights: look at it before believing a number."""
+    averaged = WanVAE(vae.config).eval()
+    averaged.load_state_dict(ema)
+    columns = []
+    for clip in clips[:: max(1, len(clips) // 8)][:8]:
+        T = min(9, (len(clip.frames) - 1) // 4 * 4 + 1)
+        video = pixels(clip.frames[:T])
+        both = torch.cat([video[0, :, -1], averaged.decode(averaged.encode(video))[0, :, -1]], 1)       # (3, 2H, W)
+        columns.append(both)
+    image = ((torch.cat(columns, 2).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+    Image.fromarray(image).save(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- evaluate
+
+
+MOUTH = (0.58, 0.84, 0.32, 0.68)                                                # top, bottom, left, right: where face-centred clips have it
+
+
+def psnr(a, b):
+    """Two videos (..., H, W) in [-1, 1] -> decibels, peak 2."""
+    return 10 * torch.log10(4 / (a - b).square().mean().clamp_min(1e-10)).item()
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004): 11 x 11 Gaussian window of 1.5 px, mean over frames and channels. (1, 3, T, H, W) in [-1, 1]."""
+    g = torch.exp(-(torch.arange(11.0) - 5) ** 2 / (2 * 1.5 ** 2))
+    window = (g[:, None] * g / g.sum() ** 2)[None, None]
+    a, b = (((x + 1) / 2)[0].flatten(0, 1).unsqueeze(1) for x in (a, b))         # (3T, 1, H, W) in [0, 1]
+    blur = lambda x: F.conv2d(x, window)
+    ma, mb = blur(a), blur(b)
+    va, vb, cov = blur(a * a) - ma ** 2, blur(b * b) - mb ** 2, blur(a * b) - ma * mb
+    return ((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))).mean().item()
+
+
+def measure(vae, frames):
+    """One clip's frames -> dict of figures, raw latents' sums for the statistics."""
+    video = pixels(frames)
+    z = vae.encode(video)
+    out = vae.decode(z)
+    alone = torch.cat([vae.decode(vae.encode(video[:, :, t:t + 1])) for t in range(0, video.shape[2], 8)], 2)
+    top, bottom, left, right = (round(m * video.shape[-1]) for m in MOUTH)
+    lips = (..., slice(top, bottom), slice(left, right))
+    per_frame = torch.cat([vae.decode(vae.encode(video[:, :, t:t + 1])) for t in range(9)], 2)
+    flicker = lambda x, y: (x.diff(dim=2) - y.diff(dim=2)).abs().mean().item() * 127.5      # in grey levels
+    row = dict(psnr=psnr(out, video), ssim=ssim(out, video), psnr_single_frame=psnr(alone, video[:, :, ::8]), psnr_mouth=psnr(out[lips], video[lips]),
+               flicker=flicker(out[:, :, :9], video[:, :, :9]), flicker_frame_by_frame=flicker(per_frame, video[:, :, :9]))
+    x = tail = video[:, :, -9:]
+    for i in range(1, 31):                                                      # what a long video does to its continuity frames
+        x = vae.decode(vae.encode(x))
+        if i in (1, 2, 5, 10, 20, 30):
+            row[f"psnr_round_{i}"] = psnr(x, tail)
+    return row, z
+
+
+def decode_seconds(vae, dtype):
+    """Seconds to decode 81 frames at 128 x 128 as a stream, the best of three."""
+    z, best = torch.randn(1, vae.config.z_dim, 21, 16, 16), 1e9
+    vae.decoder.to(dtype), vae.conv2.to(dtype)
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in vae.decode_stream(z):
+            pass
+        best = min(best, time.perf_counter() - start)
+    vae.decoder.float(), vae.conv2.float()
+    return best
+
+
+@torch.no_grad()
+def evaluate(weights, folders, names, n):
+    """Held-out clips of every folder -> figures printed and written to vae_metrics.json beside the weights."""
+    vae, figures, latents = load_vae(weights), {}, []
+    for name, clips in zip(names, folders):
+        clips = [c for c in clips if len(c.frames) >= 41][:n]
+        rows = []
+        for clip in clips:
+            length = min(73, (len(clip.frames) - 1) // 4 * 4 + 1)
+            row, z = measure(vae, clip.frames[:length])
+            rows.append(row)
+            latents.append(z)
+        figures[name] = {"clips": len(rows)} | {k: round(float(np.mean([r[k] for r in rows])), 4) for k in (rows[0] if rows else {})}
+    z = torch.cat(latents, 2)                                                   # (1, C, all the latent frames, h, w)
+    figures |= {"latents_mean_worst": round(z.mean((0, 2, 3, 4)).abs().max().item(), 4),
+                "latents_std": [round(f(z.std((0, 2, 3, 4))).item(), 4) for f in (torch.min, torch.max)],
+                "decode_81_frames_seconds": {str(d)[6:]: round(decode_seconds(vae, d), 3) for d in (torch.float32, torch.bfloat16)},
+                "parameters": sum(p.numel() for p in vae.parameters()), "threads": torch.get_num_threads()}
+    print(json.dumps(figures, indent=1))
+    write_json(Path(weights) / "vae_metrics.json", figures)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", nargs="+", required=True, help="folders of clips and pictures")
+    parser.add_argument("--cache", nargs="*", help="where the decoded frames are kept, one for every data folder")
+    parser.add_argument("--out", type=Path, default=Path("weights/tiny"), help="where the weights go")
+    parser.add_argument("--resume", action="store_true", help="go on from runs/vae")
+    parser.add_argument("--evaluate", action="store_true", help="measure the weights in --out on the held-out clips instead")
+    parser.add_argument("--clips", type=int, default=20, help="clips of a folder that --evaluate looks at")
+    for field in fields(TrainConfig):
+        kind = {"action": "store_true"} if field.default is False else {"type": type(field.default), "default": field.default}
+        parser.add_argument(f"--{field.name}", **kind)
+    args = parser.parse_args(argv)
+    try:
+        if args.cache and len(args.cache) != len(args.data):
+            raise ValueError("--cache wants one folder for every folder of --data")
+        folders = [ClipFolder(folder, 128, "val" if args.evaluate else "train", args.cache[i] if args.cache else None, need_audio=False).clips
+                   for i, folder in enumerate(args.data)]
+        if not any(folders):
+            raise ValueError(f"no clips in {args.data}")
+        if args.evaluate:
+            return evaluate(args.out, folders, [Path(d).resolve().name for d in args.data], args.clips)
+        cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+        print(f"{[len(f) for f in folders]} clips | {cfg}", flush=True)
+        train(cfg, PRESETS["tiny"], [f for f in folders if f], args.out, args.resume)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"vae.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
