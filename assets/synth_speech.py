@@ -35,8 +35,8 @@ WORDS = [w.split() for w in """
     m aɪ|m eɪ b i|b oʊ t|p i p ə l|s t ɑ p|m u v|b ɪ ɡ|p eɪ p ɝ|h ə l oʊ|w ɝ l d|f aɪ v|s ɛ v ə n|t u|θ ɹ i|f ɔ ɹ|n aɪ n|ð ə|ð ɪ s|ð æ t|
     w ɪ n d oʊ|h aʊ s|aʊ t|s ʌ n|m u n|l aɪ t|n aɪ t|ʃ i|t͡ʃ ɛ ɹ|d͡ʒ æ m|m ɛ ʒ ɝ|v ɔɪ s|b ɔɪ|ɹ ɛ d|ɡ ɹ i n|b l u|j ɛ l oʊ|w aɪ t|b l æ k|k æ t|d ɔ ɡ|
     f ɪ ʃ|b ɝ d|h ɔ ɹ s|ɡ oʊ|k ʌ m|s ɪ ŋ|s ɔ ŋ|t ɔ k|w ɔ k|l ʊ k|b ʊ k|f ʊ t|f u d|w ɔ t ɝ|m ɔ ɹ n ɪ ŋ|i v n ɪ ŋ|æ f t ɝ|b ɪ f ɔ ɹ|
-
-       ə b aʊ t|ə p ɑ n|p l i z|θ æ ŋ k|j u|w i|ð eɪ|f ɑ ð ɝ|m ʌ ð ɝ|b ɹ ʌ ð ɝ|z ɪ ɹ oʊ|v ɛ ɹ i|æ p ə l|s p u n|t eɪ b ə l|k ʌ p|b æ θ|p ɑ p ə|m ɑ m ə""".split("|")]
+    ə b aʊ t|ə p ɑ n|p l i z|θ æ ŋ k|j u|w i|ð eɪ|f ɑ ð ɝ|m ʌ ð ɝ|b ɹ ʌ ð ɝ|
+    z ɪ ɹ oʊ|v ɛ ɹ i|æ p ə l|s p u n|t eɪ b ə l|k ʌ p|b æ θ|p ɑ p ə|m ɑ m ə""".split("|")]
 
 
 def sentence(rng, seconds):
