@@ -63,14 +63,14 @@ def _blocks(path):
 
 def _to_16k(blocks, path):
     """Blocks of any rate -> 16 kHz mono pieces. swresample's windowed sinc drops what 16 kHz cannot hold."""
-    resampler, pieces = av.AudioResampler(format="flt", layout="mono", rate=RATE), []
+    resampler, pieces, rate = av.AudioResampler(format="flt", layout="mono", rate=RATE), [], None
     for rate, block in blocks:
         if not np.isfinite(block).all():
             raise ValueError(f"{path} contains NaN or infinite samples")
         frame = av.AudioFrame.from_ndarray(block.mean(1, dtype=np.float32)[None], format="flt", layout="mono")
         frame.sample_rate = rate
         pieces += resampler.resample(frame)
-    pieces += resampler.resample(None) if pieces else []                    # what is still inside the filter
+    pieces += resampler.resample(None) if rate else []                      # what is still inside the filter
     return [piece.to_ndarray()[0] for piece in pieces]
 
 
@@ -86,7 +86,7 @@ def load_audio(path):
         raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not sum(map(len, pieces)):
         raise ValueError(f"{path} has no samples")
-    return np.clip(np.concatenate(pieces), -1, 1, dtype=np.float32)
+    return np.concatenate(pieces).clip(-1, 1)
 
 # ---------------------------------------------------------------------------------------------------- encoder
 

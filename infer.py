@@ -9,7 +9,7 @@ The chunk loop is all there is:
         z = the student's 4 steps from noise, given audio, z_id, kappa                              dit.py
         frames = D(z); the first n are the last n of the chunk before: drop them, write the others as they come
         kappa = E(last n frames)                                    decoded, then encoded anew      section 3.2, Appendix D
-Memory does not grow with the length. The number of frames is always ceil(seconds * 25). Also a library:
+Memory does not grow with the length, but for the recording itself (230 MB an hour). There are always ceil(seconds * 25) frames. Also a library:
     for frames in generate(load("weights/tiny"), image, audio): ...                                 uint8 (T, H, W, 3)
 """
 import argparse
@@ -56,6 +56,8 @@ def pick(device, dtype):
     """"auto" -> the best there is. bfloat16 only where the processor multiplies in it; the time path and the encoder stay float32."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    elif device != "cpu" and not getattr(torch, device).is_available():
+        raise ValueError(f"there is no {device} device here: try --device cpu")
     if dtype == "auto":
         can = getattr(torch.cpu, "get_capabilities", dict)()
         fast = device == "cuda" or device == "cpu" and (can.get("avx512_bf16") or can.get("amx_bf16"))
@@ -84,7 +86,9 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
         dit.load_state_dict(tensors, assign=True)
         audio = AudioEncoder(folder / "wav2vec2" if config["audio"] == "wav2vec2" else config["audio"], device)
         size = int(config["size"])
-    except (RuntimeError, KeyError, TypeError, SafetensorError, json.JSONDecodeError) as error:
+        if size < 16 or size % 16 or vae.config.z_dim != dit.config.channels:
+            raise ValueError(f"size {size} (a multiple of 16) or the number of latent channels")
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the weights in {folder} do not fit together: {type(error).__name__}: {reason}") from None
     if (audio.layers, audio.dim) != (dit.config.audio_layers, dit.config.audio_dim):
@@ -111,6 +115,8 @@ def load_image(path, size):
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{path} has {image.width} x {image.height} pixels: scale it down first")
                 image = ImageOps.exif_transpose(image)
+                if image.mode.startswith(("I", "F")):                           # 16 and 32 bits a pixel: Pillow would cut, not scale
+                    image = Image.fromarray(np.uint8(255 * to_unit(np.asarray(image, np.float32))))
                 if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa") or "transparency" in image.info:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -127,6 +133,12 @@ def load_image(path, size):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
+def to_unit(x):
+    """Grey values of a deep picture -> [0, 1]: by the 16-bit scale if they use it, else from the darkest to the brightest."""
+    low, high = (0, 65535) if x.min() >= 0 and 255 < x.max() <= 65535 else (np.nanmin(x), np.nanmax(x))
+    return np.nan_to_num(np.clip((x - low) / max(high - low, 1e-9), 0, 1))
+
+
 # ------------------------------------------------------------------------------------------------------------------ loop
 
 
@@ -138,9 +150,15 @@ class Stopwatch(defaultdict):
 
     @contextmanager
     def __call__(self, stage):
-        start = time.perf_counter()
+        start = self.now()
         yield
-        self[stage] += time.perf_counter() - start
+        self[stage] += self.now() - start
+
+    @staticmethod
+    def now():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()                                            # a GPU returns before it has done its work
+        return time.perf_counter()
 
 
 @torch.inference_mode()
@@ -149,12 +167,14 @@ def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handove
 
     image (1, 3, H, W) in [-1, 1]; audio (samples,) float32 at 16 kHz. continuity_frames n = 4k+1 (1, 5, 9, 13) frames, handed over by
     handover "reencode" (the paper's) or "latents" (the last latents as they are: Appendix D's comparison). identity "tre" or "etr".
-    guidance and steps > 4 are the teacher's. Same seed, same frames. ValueError for values outside these."""
+    guidance and steps > 4 are the teacher's. Same seed, same frames. ValueError, at the first frame, for values outside these."""
     n, m = continuity_frames, 1 + (continuity_frames - 1) // 4                  # kappa holds m latents = n frames
     if n % 4 != 1 or not 1 <= n < CHUNK:
         raise ValueError(f"continuity frames must be 1, 5, 9, 13, ...: the VAE cannot encode {n}")
-    if handover not in ("reencode", "latents") or identity not in IDENTITY or steps < 1:
-        raise ValueError("handover is reencode or latents, identity is tre or etr, steps is at least 1")
+    if handover not in ("reencode", "latents") or identity not in IDENTITY:
+        raise ValueError("handover must be reencode or latents, identity tre or etr")
+    if steps < 1 or not 0 <= seed < 2**63:
+        raise ValueError("steps must be at least 1, the seed in [0, 2^63)")
     clock = Stopwatch() if clock is None else clock                             # (an empty dict is false)
     device = image.device
     generator = torch.Generator().manual_seed(seed)                             # on the CPU: the same noise on every machine
@@ -171,6 +191,8 @@ def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handove
                 z = sample_teacher(models.dit, noise, z_id, heard, kappa, steps, guidance=guidance)
             else:
                 z = sample_student(models.dit, noise, z_id, heard, kappa, student_sigmas(steps), generator)
+        if not torch.isfinite(z).all():
+            raise ValueError("the generator made NaN: broken weights, or a --dtype that is too narrow")
         made, tail = start, []                                                  # frames decoded so far; the last n of them
         done = start + n if start else 0                                        # what chunk i-1 has already given
         pieces = models.vae.decode_stream(z)
@@ -222,15 +244,15 @@ class Mp4Writer:
 
     def close(self, keep=True):
         """keep=False (an error, or nothing made yet) leaves no file; keep=True leaves a playable one, also after Ctrl-C."""
-        keep = keep and self.frames > 0
-        if keep:
-            self.container.mux(self.video.encode(None))
-            self.container.mux(self.sound.encode(None))
-        self.container.close()
-        if keep:
-            os.replace(self.part, self.path)
-        else:
-            self.part.unlink(missing_ok=True)
+        try:
+            if keep and self.frames:
+                self.container.mux(self.video.encode(None))
+                self.container.mux(self.sound.encode(None))
+            self.container.close()
+            if keep and self.frames:
+                os.replace(self.part, self.path)
+        finally:
+            self.part.unlink(missing_ok=True)                                   # gone already if it was renamed
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
@@ -270,10 +292,14 @@ def run(args):
     begin = time.perf_counter()
     out = Path(args.out)
     audio = load_audio(args.audio)
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
+    if not os.access(out.parent, os.W_OK) or out.exists() and not out.is_file():
         raise ValueError(f"cannot write to {out}")
+    if out.exists() and any(out.samefile(p) for p in (args.audio, args.image) if Path(p).exists()):
+        raise ValueError(f"{out} is one of the inputs: choose another --out")
+    image = load_image(args.image, 128)                                         # a bad picture should not have to wait for the weights
     models = load(args.weights, args.network, args.device, args.dtype)
-    image = load_image(args.image, models.size).to(models.audio.device)
+    image = image if image.shape[-1] == models.size else load_image(args.image, models.size)
+    image = image.to(models.audio.device)
     if not models.trained:
         print(f"note: the {models.network} in {args.weights} is untrained: expect coloured fog, not a face", file=sys.stderr)
     if args.compile:
@@ -313,7 +339,7 @@ def main(argv=None):
         print(f"infer.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("infer.py: stopped; what was made so far is kept", file=sys.stderr)
+        print("infer.py: stopped; if a video was begun, it is kept", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -1,7 +1,7 @@
 """Trains the small VAE of vae.py on folders of clips and pictures, and measures it.
 
     python vae.py --data PUPPETS GRID PORTRAITS --out weights/tiny          two cores: about 2 hours; runs/vae holds checkpoint, log and strip
-    python vae.py --evaluate --data PUPPETS GRID --weights weights/tiny     held-out clips -> the figures of vae_metrics.json
+    python vae.py --evaluate --data PUPPETS GRID --out weights/tiny         held-out clips -> the figures of vae_metrics.json
 
 The course goes from easy to real: pictures first, where only the last tap of every temporal kernel acts (an image autoencoder: many
 diverse faces a second), then short clips, then long ones. Wan trains in the same order (Wan report, arXiv 2503.20314, section 4.1).
@@ -323,6 +323,9 @@ def main(argv=None):
         if args.evaluate:
             return evaluate(args.out, folders, [Path(d).resolve().name for d in args.data], args.clips)
         cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+        longest = max(stage[1] for stage in COURSE)
+        if not any(len(c.frames) >= longest for f in folders for c in f):
+            raise ValueError(f"no clip in {args.data} has the {longest} frames that the course of training asks for")
         print(f"{[len(f) for f in folders]} clips | {cfg}", flush=True)
         train(cfg, PRESETS["tiny"], [f for f in folders if f], args.out, args.resume)
     except (ValueError, OSError) as error:

@@ -97,16 +97,18 @@ def test_the_first_frame_is_the_portrait(models, image):
 
 def test_a_chunk_begins_with_the_end_of_the_one_before(models, image, monkeypatch):
     """The n frames that a chunk repeats are dropped; they are D(E(last n frames)), not new ones. And kappa is their encoding."""
-    seen = []
+    seen, audio = [], speech(5)
     real = infer.sample_student
 
     def spy(dit, noise, z_id, heard, kappa, *rest):
         z = real(dit, noise, z_id, heard, kappa, *rest)
         assert torch.equal(z[:, :, :kappa.shape[2]], kappa)                     # the head comes out of the sampler untouched
+        begin = 72 * len(seen)                                                  # chunk i hears its own 81 frames, not its neighbour's
+        assert torch.equal(heard[0], models.audio.features(torch.from_numpy(audio), begin, 81))
         seen.append((z, kappa))
         return z
     monkeypatch.setattr(infer, "sample_student", spy)
-    frames = video(models, image, speech(5))
+    frames = video(models, image, audio)
     assert [kappa.shape[2] for _, kappa in seen] == [1, 3]
     with torch.no_grad():
         first = models.vae.decode(seen[0][0])
@@ -123,13 +125,19 @@ def test_handing_latents_over_is_another_video(models, image):
 
 def test_mp4_holds_frames_and_sound_of_the_same_length(weights, files):
     """The file plays: H.264 and AAC, within one frame of each other, under the name that was asked for and no other."""
-    soundfile.write(files / "speech.wav", speech(3.25), RATE)
+    audio = speech(3.25)
+    soundfile.write(files / "speech.wav", audio, RATE)
     out = files / "mein Bild ü.mp4"
     infer.main(["--image", str(files / "me.png"), "--audio", str(files / "speech.wav"), "--out", str(out), "--weights", str(weights), "--bench"])
     with av.open(str(out)) as file:
         frames = sum(1 for _ in file.decode(video=0))
         lengths = [float(s.duration * s.time_base) for s in file.streams]
         assert frames == 82 and abs(lengths[0] - lengths[1]) <= 0.04 and "ynthetic" in file.metadata["comment"]
+    with av.open(str(out)) as file:                                             # ... and in step: the sound stands where it stood
+        heard = np.concatenate([f.to_ndarray()[0] for f in file.decode(audio=0)])[:len(audio)]
+    size = len(audio) + len(heard)
+    lag = np.fft.irfft(np.fft.rfft(heard, size) * np.fft.rfft(audio[:len(heard)], size).conj(), size).argmax()
+    assert min(lag, size - lag) <= 16                                           # samples: 1 ms
     assert not list(files.glob("*.part*")) and not list(files.glob(".*part*"))
 
 
@@ -169,6 +177,11 @@ def test_every_kind_of_picture(tmp_path):
                        ("RGB", "g.webp"), ("1", "h.png")):
         x = infer.load_image(picture(mode, tmp_path / name), 32)
         assert x.shape == (1, 3, 32, 32) and x.min() >= -1 and x.max() <= 1 and x.std() > 0.05, name
+    grey = np.tile(np.linspace(0, 255, 32).round(), (32, 1))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")   # 16 bits a pixel
+    Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / "deep.tiff")
+    for name in ("deep.png", "deep.tiff"):
+        np.testing.assert_allclose(infer.load_image(tmp_path / name, 32)[0, 0].numpy(), grey / 127.5 - 1, atol=0.02)
     clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
     assert (infer.load_image(tmp_path / "clear.png", 32) == 1).all()            # what is transparent is white, not black
@@ -192,23 +205,27 @@ def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypat
     soundfile.write(files / "empty.wav", np.zeros(0), RATE)
     soundfile.write(files / "nan.wav", np.full(800, np.nan), RATE, subtype="FLOAT")
     (files / "folder.mp4").mkdir()
-    broken = files / "broken"
-    broken.mkdir()
-    for name in ("config.json", "vae.safetensors", "student.safetensors"):
-        (broken / name).write_bytes((weights / name).read_bytes())
-    config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
-    config["dit"]["dim"] = 96
-    (broken / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for folder, part, change in (("broken", "dit", {"dim": 96}), ("stats", "vae", {"latents_std": [1.0] * 4}), ("tall", "size", 36)):
+        (files / folder).mkdir()
+        for name in ("vae.safetensors", "student.safetensors"):
+            (files / folder / name).write_bytes((weights / name).read_bytes())
+        config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
+        config[part] = config[part] | change if isinstance(change, dict) else change
+        (files / folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flag, value, says in (("image", "nobody.png", "no such"), ("image", "text.png", "not a picture"), ("image", "cut.png", "cannot be read"),
                               ("image", "dot.png", "1 x 1"), ("image", "huge.png", "scale it down"), ("image", ".", "no such"),
                               ("audio", "nothing.wav", "no such"), ("audio", "text.wav", "text.wav"), ("audio", "empty.wav", "empty.wav"),
                               ("audio", "nan.wav", "nan.wav"), ("out", "folder.mp4", "cannot write"), ("out", "no/where.mp4", "cannot write"),
                               ("weights", "nowhere", "config.json is missing"), ("weights", "broken", "do not fit"),
+                              ("out", "me.png", "inputs"), ("out", "speech.wav", "inputs"), ("steps", "0", "steps"), ("seed", "-1", "seed"),
+                              ("weights", "stats", "entries"), ("weights", "tall", "multiple of 16"), ("device", "cuda", "no cuda"),
                               ("continuity-frames", "8", "continuity"), ("continuity-frames", "81", "continuity")):
         options = {"image": files / "me.png", "audio": files / "speech.wav", "out": files / "o.mp4", "weights": weights}
-        options[flag] = value if flag == "continuity-frames" else files / value
+        options[flag] = files / value if flag in ("image", "audio", "out", "weights") else value
         with pytest.raises(SystemExit) as stopped:
             infer.main([x for k, v in options.items() for x in (f"--{k}", str(v))])
         error = capsys.readouterr().err.strip().splitlines()
         assert stopped.value.code == 2 and says in error[-1], (flag, value, error)
         assert not any("Traceback" in line for line in error) and not (files / "o.mp4").exists() and not list(files.glob(".*part*"))
+    assert (files / "me.png").read_bytes()[:4] == b"\x89PNG"                    # no input was written over
