@@ -1,0 +1,404 @@
+"""Laws of the teacher's training. The networks here are random and small: a law holds for any weights."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import dit
+import infer
+import train_teacher as tt
+from chunks import Pools, chunk_starts, collate, encode_clips, load_row
+from data import Clip, write_mp4
+from vae import PRESETS as VAE
+from vae import WanVAE
+
+SMALL = replace(dit.PRESETS["tiny"], dim=48, ffn_dim=64, layers=2, audio_layers=2, audio_dim=3, audio_tokens=2, audio_hidden=16)
+CFG = tt.TeacherConfig(steps=6, batch=4, micro=4, lr=1e-3, warmup=2, ema=0.9, frames=33, offsets=2, references=2, bf16=False, every=3,
+                       minutes=1e9, val=1, pixel_every=1, pixel_sigma=0.7)
+
+
+class Ear:
+    """Stands in for Wav2Vec2: every entry tells the loudness of its frame, and where the window it was heard in began and ended."""
+    layers, dim, model = 2, 3, torch.nn.Linear(1, 1)
+
+    def features(self, audio, start, frames):
+        out = torch.zeros(frames, 2, 3)
+        sound = np.zeros((start + frames) * 640, np.float32)
+        sound[:len(audio)] = audio[:len(sound)]
+        out[:, 0, 0] = torch.from_numpy(np.abs(sound.reshape(-1, 640)).mean(1)[start:])
+        out[:, 1, 1], out[:, 1, 2] = max(0, start + frames - 200), start + frames
+        return out
+
+
+def make_clip(folder, name, length, seed):
+    """A bright disc that wanders over a coloured ground, and as much noise as it is wide; the "face" is the upper left quarter."""
+    rng, store = np.random.default_rng(seed), folder / name
+    store.mkdir(parents=True)
+    t, (y, x) = np.arange(length)[:, None, None], np.mgrid[:32, :32]
+    disc = (y - 16 - 6 * np.sin(t / 5 + seed)) ** 2 + (x - 16) ** 2 < 40
+    frames = np.where(disc[..., None], 220, rng.integers(0, 120, 3)).astype(np.uint8)
+    mask = np.zeros((length, 8, 8), np.uint8)
+    mask[:, :4, :4] = 255
+    audio = (rng.normal(size=(length, 640)) * 3000 * np.abs(np.sin(np.arange(length) / 3))[:, None]).astype(np.int16).ravel()
+    for what, array in {"frames": frames, "audio": audio, "mask": mask}.items():
+        np.save(store / f"{what}.npy", array)
+    return Clip(name, name, folder / f"{name}.mp4", store, length)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return WanVAE(replace(VAE["tiny"], dim=8, dim_mult=(1, 1, 2, 2))).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    return [make_clip(folder, "long", 70, 0), make_clip(folder, "other", 70, 1), make_clip(folder, "short", 31, 2)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def chunks(clips, vae, cache):
+    return encode_clips(clips, vae, Ear(), cache, CFG)
+
+
+@pytest.fixture
+def pools(chunks):
+    return Pools([[c for c in chunks if c.length == 33], [c for c in chunks if c.length == 29]], [1.0, 1.0])
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    model = dit.AudioDiT(SMALL)
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)                      # Wan starts it at zero: nothing would depend on anything
+    return model
+
+
+def run(folder, vae, pools, chunks, resume=False, model=None, **options):
+    return tt.train(replace(CFG, **options), model or network(), vae, pools, chunks[:1], folder, resume)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_the_cache_holds_what_the_network_is_given_in_use(clips, vae, tmp_path):
+    """Law: training and inference see one world. Latents, identity reference and audio are infer.py's own, rounded to half precision."""
+    seen = []
+
+    class Recorder(torch.nn.Module):
+        def forward(self, x, t, identity, audio):
+            seen.append((x, identity, audio))
+            return torch.zeros_like(x)
+
+    clip = make_clip(tmp_path, "whole", 160, 5)
+    chunks = encode_clips([clip], vae, Ear(), tmp_path / "cache", replace(CFG, frames=81, offsets=1))
+    assert [c.start for c in chunks] == [0, 72]                                 # 9 frames shared, as in infer.py
+    image = torch.from_numpy(np.array(clip.frames[0])).permute(2, 0, 1)[None] / 127.5 - 1
+    sound = np.array(clip.audio[:153 * 640]) / np.float32(32768)
+    list(infer.generate(infer.Models(vae, Recorder(), Ear(), "teacher", 32, True), image, sound, steps=1, guidance=1))
+    for chunk, (x, identity, audio) in zip(chunks, seen, strict=True):
+        row = load_row(chunk, CFG, np.random.default_rng(0), cold=chunk.row == 0, deaf=False, sigma=0.5)
+        assert torch.equal(row["audio"], audio[0].half().float())
+        with torch.no_grad():
+            truth = vae.encode(tt.pixels(clip.frames[chunk.start:chunk.start + 81]))[0]
+        assert torch.equal(row["latents"], truth.half().float())
+        if chunk.row == 0:                                                      # the portrait is frame 0, and its first latent is kappa
+            assert torch.equal(row["identity"], identity[0].half().float())
+            assert torch.equal(row["latents"][:, :1], x[0, :, :1].half().float())
+
+
+def test_the_cache_is_made_once_and_again_for_other_weights(clips, vae, cache, chunks, monkeypatch):
+    """Law: the second run reads; other weights or another grid is another cache."""
+    calls = []
+    monkeypatch.setattr("chunks.encode_clip", lambda *a: calls.append(a) or {"latents": np.zeros(1)})
+    assert encode_clips(clips, vae, Ear(), cache, CFG) == chunks and not calls
+    other = WanVAE(replace(vae.config, latents_std=(2.0,) * 16))
+    other.load_state_dict(vae.state_dict())
+    encode_clips(clips, other, Ear(), cache, CFG)
+    encode_clips(clips, vae, Ear(), cache, replace(CFG, frames=29))
+    assert len(calls) == 6
+
+
+def test_chunks_tile_a_clip_several_times():
+    """Law: chunks are one step apart, and again from later frames on; none leaves the clip, none comes twice."""
+    assert chunk_starts(384, 81, 72, 2) == [0, 72, 144, 216, 288, 36, 108, 180, 252]
+    assert chunk_starts(75, 73, 72, 3) == [0] and chunk_starts(73, 73, 72, 100) == [0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- batch
+
+
+def test_rates_lengths_and_shares(pools):
+    """Law: one row in ten starts cold, one in ten is deaf, a batch has one length, and folders are heard by share, not by size."""
+    cfg, lengths, cold, deaf = replace(CFG, steps=200), [], 0, 0
+    for step in range(200):
+        rows = [pools.draw(cfg, step, row) for row in range(4)]
+        assert len({row["chunk"].length for row in rows}) == 1
+        lengths.append(rows[0]["chunk"].length)
+        cold += sum(row["predicted"].sum() == len(row["predicted"]) - 1 for row in rows)
+        deaf += sum(not row["audio"].any() for row in rows)
+        for row in rows:
+            if row["predicted"][1]:                                             # cold: the portrait is the first frame
+                assert torch.equal(row["identity"][:, 0], row["latents"][:, 0])
+                assert row["chunk"].start == row["chunk"].pictures[row["chunk"].row]
+    assert 0.06 < cold / 800 < 0.14 and 0.06 < deaf / 800 < 0.14
+    assert 0.4 < np.mean(np.array(lengths) == 33) < 0.6                         # though there are four times as many
+
+
+def test_the_reference_is_not_in_the_chunk(chunks):
+    """Law: the picture comes from elsewhere in the clip (Eq. 24), else the network would copy its mouth."""
+    long = [c for c in chunks if c.clip.name == "long"]
+    for chunk in long:
+        outside = [j for j, f in enumerate(chunk.pictures) if not chunk.start <= f < chunk.start + 33]
+        allowed = [torch.from_numpy(chunk.array("identity")[j].astype(np.float32)) for j in outside]
+        for seed in range(8):
+            row = load_row(chunk, CFG, np.random.default_rng(seed), cold=False, deaf=False, sigma=0.5)
+            assert outside and any(torch.equal(row["identity"], z) for z in allowed)
+
+
+# ------------------------------------------------------------------------------------------------------------ equations
+
+
+def test_head_latents_are_clean_and_teach_nothing(pools, vae):
+    """Law: the network sees kappa_gt without noise, and what it says about kappa has no gradient, with the pixel losses too."""
+    cfg = replace(CFG, cold=0.5, pixel_sigma=1.1, focus=1.0)
+    batch = collate([pools.draw(cfg, 1, row) for row in range(4)], "cpu")
+    v = torch.zeros_like(batch["latents"], requires_grad=True)
+    inputs = []
+    loss, parts = tt.teacher_loss(lambda x, *rest: inputs.append((x, *rest)) or v, vae, batch, cfg, True)
+    loss.sum().backward()
+    head = batch["predicted"] == 0
+    assert set(head.sum(1).tolist()) == {1, 3}                                  # cold rows and others in one batch
+    for i in range(4):
+        assert torch.equal(inputs[0][0][i][:, head[i]], batch["latents"][i][:, head[i]])
+        assert not v.grad[i][:, head[i]].any() and (v.grad[i][:, ~head[i]] != 0).float().mean() > 0.99
+        sigma, rest = batch["sigma"][i], ~head[i]
+        noisy = (1 - sigma) * batch["latents"][i] + sigma * batch["noise"][i]
+        assert torch.allclose(inputs[0][0][i][:, rest], noisy[:, rest], atol=1e-6)
+    assert torch.equal(inputs[0][1], 1000 * batch["sigma"]) and (parts["face"] > 0).all() and (parts["temporal"] > 0).all()
+
+
+def test_equation_2():
+    """Law: the target is eps - x0; the loss is a mean of squares over the weighted latents only."""
+    x0, eps, v = torch.full((1, 2, 3, 1, 1), 1.0), torch.full((1, 2, 3, 1, 1), 4.0), torch.full((1, 2, 3, 1, 1), 3.0)
+    weight = torch.tensor([0.0, 1.0, 3.0]).view(1, 1, 3, 1, 1)
+    assert tt.flow_matching_loss(v, x0, eps, weight).item() == 0
+    v[:, :, 0], v[:, :, 1], v[:, :, 2] = 99, 5, 4                               # errors: not counted, 2, 1
+    assert tt.flow_matching_loss(v, x0, eps, weight).item() == pytest.approx((1 * 4 + 3 * 1) / 4)
+
+
+def test_equation_16_sees_changes_only():
+    """Law: a constant colour offset costs nothing; a frame that jumps by 0.3 costs 0.3 twice, coming and going."""
+    true = torch.rand(1, 3, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert tt.temporal_gradient_loss(true + torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1, 1), true).item() < 1e-6
+    made = true.clone()
+    made[:, :, 2] += 0.3
+    assert tt.temporal_gradient_loss(made, true).item() == pytest.approx(2 * 0.3 / 4, abs=1e-6)
+
+
+def test_equation_17_sees_the_face_only():
+    """Law: errors outside the mask cost nothing; inside, the mean over the face, however small it is."""
+    true, mask = torch.zeros(1, 3, 2, 4, 4), torch.zeros(1, 1, 2, 4, 4)
+    mask[..., 1, 1] = 1
+    outside, inside = true + (1 - mask), true + 0.5 * mask
+    assert tt.face_loss(outside, true, mask).item() == 0
+    assert tt.face_loss(inside, true, mask).item() == pytest.approx(0.5, abs=1e-5)
+    assert tt.face_loss(true + 1, true, mask * 0).item() == 0                   # no face at all: zero, not NaN
+
+
+def test_a_decoded_window_is_a_piece_of_the_whole(vae, chunks):
+    """Law: with enough context to its left a window decodes to the same frames as the whole chunk, and the frames are the right ones."""
+    z = torch.from_numpy(chunks[0].array("latents")[:1].astype(np.float32))
+    whole = torch.cat([vae.decode(z.clone().requires_grad_())], 2).detach()
+    window = tt.decode_window(vae, z.requires_grad_(), 4, 3, 99)
+    assert window.shape[2] == 12 and torch.allclose(window, whole[:, :, 4 * 4 - 3:4 * 7 - 3], atol=1e-5)
+
+
+def test_pixel_losses_compare_with_the_right_frames(chunks, clips):
+    """Law: with a perfect decoder the pixel losses of the true latents are zero, whatever chunk and window; noisy rows are left out."""
+    class Perfect:
+        def decode(self, z):                                                    # z carries the frame number of each latent's frames
+            start, frames = int(z[0, 0, 0, 0, 0]), clips[0].frames
+            return tt.pixels(frames[start:start + 4 * z.shape[2] - 3]) + 0.2 * z[0, 1, 0, 0, 0]
+
+    for chunk in [c for c in chunks if c.clip.name == "long"]:
+        for seed in range(4):
+            rows = [load_row(chunk, CFG, np.random.default_rng(seed), False, False, sigma) for sigma in (0.1, 0.9)]
+            batch, x0 = collate(rows, "cpu"), torch.zeros(2, 2, 9, 4, 4)
+            # a window that begins at latent b is decoded as a clip of its own: one frame, then fours
+            x0[:, 0] = (chunk.start + 4 * torch.arange(9))[:, None, None]
+            temporal, face = tt.pixel_losses(Perfect(), x0, batch, CFG)
+            assert temporal.tolist() == [0, 0] and face.tolist() == [0, 0]
+            x0[:, 1] = 1
+            temporal, face = tt.pixel_losses(Perfect(), x0, batch, CFG)
+            assert temporal[0] < 1e-6 and face[0] == pytest.approx(0.2, abs=1e-5) and face[1] == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------- loop
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(pools, vae, chunks, tmp_path):
+    """Law: two calls of two rows are one call of four (Adam would hide a wrong scale: the norm does not); validation changes nothing."""
+    a, la = run(tmp_path / "a", vae, pools, chunks, steps=2, every=9)
+    b, lb = run(tmp_path / "b", vae, pools, chunks, steps=2, every=1, micro=2)
+    assert np.allclose(la, lb, atol=1e-5)
+    assert all(torch.allclose(a.tensors[k], b.tensors[k], atol=1e-5) for k in a.tensors)
+    logs = [[json.loads(line) for line in (tmp_path / x / "log.jsonl").read_text(encoding="utf-8").splitlines()] for x in "ab"]
+    assert [r["norm"] for r in logs[0][:2]] == pytest.approx([r["norm"] for r in logs[1][:2]], rel=1e-3)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(pools, vae, chunks, tmp_path, monkeypatch):
+    """Law: killed at any step and resumed, a run has the same losses, weights, averages and optimiser as one that was left alone."""
+    whole, losses = run(tmp_path / "a", vae, pools, chunks)
+    step_of, save = tt.train_step, tt.State.save
+
+    def killed(state, vae, pools, cfg, step, *rest):
+        if step == 4:
+            raise KeyboardInterrupt
+        return step_of(state, vae, pools, cfg, step, *rest)
+
+    monkeypatch.setattr(tt, "train_step", killed)
+    monkeypatch.setattr(tt, "strip", lambda *a: None)
+    monkeypatch.setattr(tt.State, "save", lambda self, path, step, cfg: step <= 3 and save(self, path, step, cfg))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", vae, pools, chunks, minutes=0.0)                    # last saved before step 3, killed in step 4
+    monkeypatch.setattr(tt, "train_step", step_of)
+    monkeypatch.setattr(tt.State, "save", save)
+    resumed, rest = run(tmp_path / "b", vae, pools, chunks, resume=True, model=network(seed=9))
+    assert len(rest) == 3 and rest == losses[3:]
+    assert all(torch.equal(whole.tensors[k], resumed.tensors[k]) for k in whole.tensors)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b/log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert steps == list(range(7))                                              # no step is logged twice
+    with pytest.raises(ValueError, match="lr 0.001 -> 0.1"):
+        run(tmp_path / "b", vae, pools, chunks, resume=True, lr=0.1)
+
+
+def test_nan_stops_the_run_and_names_the_clips(clips, vae, pools, chunks, tmp_path, monkeypatch):
+    """Law: a row that is not a number stops the run before the weights are touched; the last checkpoint is whole, the clip is named."""
+    draw, model = pools.draw, network()
+
+    def poisoned(cfg, step, row):
+        got = draw(cfg, step, row)
+        return got | {"latents": got["latents"] * (float("nan") if (step, row) == (3, 2) else 1)}
+
+    monkeypatch.setattr(pools, "draw", poisoned)
+    monkeypatch.setattr(tt, "strip", lambda *a: None)
+    with pytest.raises(FloatingPointError, match=draw(CFG, 3, 2)["chunk"].name):
+        run(tmp_path, vae, pools, chunks, minutes=0.0, model=model)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "3"
+        assert torch.equal(file.get_tensor("model.head.head.weight"), model.head.head.weight)
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(pools, vae, chunks, tmp_path, monkeypatch, capsys):
+    """Law: when the new checkpoint cannot be written the old one stays, the half-written one goes, and training goes on."""
+    run(tmp_path, vae, pools, chunks, steps=1)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half a fi")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tt, "save_file", full)
+    _, losses = run(tmp_path, vae, pools, chunks, steps=2)
+    assert len(losses) == 2 and "No space left" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before and not list(tmp_path.glob("*.part"))
+
+
+def test_validation_is_fixed_and_leaves_no_trace(pools, vae, chunks):
+    """Law: the validation loss has fixed noise, so it moves with the weights only; looking at the average does not change them."""
+    state = tt.State(network(), CFG)
+    before = {k: v.clone() for k, v in state.tensors.items()}
+    for v in state.ema.values():
+        v.add_(0.01)
+    own = tt.validate(state.model, chunks[:2], CFG, "cpu")
+    assert own == tt.validate(state.model, chunks[:2], CFG, "cpu") and list(own) == list(tt.BINS)
+    state.swap()
+    assert tt.validate(state.model, chunks[:2], CFG, "cpu") != own
+    state.swap()
+    assert all(torch.equal(v, before[k]) for k, v in state.tensors.items() if k.startswith("model."))
+
+
+# -------------------------------------------------------------------------------------------------------------- program
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, clips, vae):
+    """A folder of clips and one of weights, as a user has them; the ears are the shipped ones."""
+    top = tmp_path_factory.mktemp("user")
+    for where in ("clips", "weights"):
+        (top / where).mkdir()
+    for clip in clips[:2]:
+        write_mp4(top / "clips" / f"{clip.name}.mp4", np.array(clip.frames[:33]), np.array(clip.audio[:33 * 640]))
+    save_file(vae.state_dict(), top / "weights" / "vae.safetensors")
+    config = {"vae": asdict(vae.config), "audio": str(ROOT / "weights" / "tiny" / "wav2vec2"), "size": 32}
+    (top / "weights" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return top
+
+
+def test_debug_preset_learns_a_chunk_by_heart(folder, capsys):
+    """Law: `--preset debug` knows one chunk by heart. The best answer without knowing it costs about 1; below 0.3 it knows it."""
+    tt.main(["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--run", str(folder / "run"), "--preset", "debug",
+             "--device", "cpu", "--steps", "120"])
+    assert float(capsys.readouterr().out.split("\nloss: ")[1].split()[0]) < 0.3
+    with safe_open(folder / "weights/teacher.safetensors", "pt") as file:
+        assert file.metadata()["trained"] == "yes" and file.get_tensor("head.head.weight").dtype == torch.float16
+    models = infer.load(folder / "weights", "teacher", "cpu", "float32")        # what was exported can be used
+    assert models.trained and models.dit.config.dim == tt.NETWORKS["debug"].dim
+    assert (folder / "run/strip.png").exists()
+    tt.main(["--plot", "--run", str(folder / "run")])
+    assert (folder / "run/loss.png").exists()
+
+
+def test_bad_input_is_one_line(folder, capsys):
+    """Law: what a user can get wrong ends in exit code 2 and one line."""
+    for bad in (["--data", str(folder / "nowhere")], [], ["--data", str(folder / "clips"), "--micro", "3"]):
+        with pytest.raises(SystemExit) as stop:
+            tt.main([*bad, "--weights", str(folder / "weights"), "--run", str(folder / "bad"), "--preset", "debug", "--device", "cpu"])
+        text = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and text[-1].startswith("train_teacher.py: ")
+    with pytest.raises(SystemExit) as stop:
+        tt.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{name.replace('_', '-')}" in text for name in asdict(CFG))
+
+
+def test_two_processes_have_the_losses_of_one(folder):
+    """Law: FSDP changes where the numbers lie, not what they are; and its checkpoint is the one-process checkpoint."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--out", str(folder / "out"), "--preset", "debug",
+               "--device", "cpu", "--steps", "2", "--chunks", "0", "--cold", "0.3", "--no-bf16", "--batch", "4", "--micro", "2",
+               "--temporal", "0.1", "--pixel-every", "2"]
+    tt.main([*options, "--run", str(folder / "run1")])
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train_teacher.py"), *options, "--run", str(folder / "run2")]
+    jobs = [subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            for rank in "01"]
+    errors = [job.communicate(timeout=100)[1].decode() for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], errors[0][-2000:]
+    losses = {}
+    for world in (1, 2):
+        lines = (folder / f"run{world}/log.jsonl").read_text(encoding="utf-8").splitlines()
+        losses[world] = [json.loads(line)["loss"] for line in lines[:2]]
+    assert np.allclose(losses[1], losses[2], atol=1e-4)
+    with safe_open(folder / "run1/checkpoint.safetensors", "pt") as one, safe_open(folder / "run2/checkpoint.safetensors", "pt") as two:
+        assert set(one.keys()) == set(two.keys())
+        assert all(torch.allclose(one.get_tensor(k), two.get_tensor(k), atol=1e-4) for k in one.keys() if k.startswith("ema."))

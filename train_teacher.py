@@ -1,0 +1,450 @@
+"""Stage 1: the teacher, a full-step flow-matching model with ground-truth continuity. Paper section 3.4 and Appendix E, Eq. 1, 2, 5, 16, 17.
+
+    python train_teacher.py --data CLIPS [CLIPS ...]               runs/teacher (checkpoint, log, strip.png) -> weights/tiny/teacher.safetensors
+    python train_teacher.py --data CLIPS --preset debug            one chunk by heart, two minutes on two cores: does everything still learn?
+    python train_teacher.py --data CLIPS --resume                  goes on where a killed run was last saved, bit for bit
+    python train_teacher.py --plot                                 runs/teacher/log.jsonl -> runs/teacher/loss.png
+    torchrun --nproc_per_node=8 train_teacher.py --preset wan-1.3b --weights DIR --init wan.safetensors --data CLIPS      (FSDP)
+
+The VAE and the audio encoder are frozen, so every chunk is encoded once, into a cache. A row of a batch is then
+    z      latents of a true chunk                  z_id   TRE of another frame of the same clip (Eq. 3)
+    audio  its hidden states, or zeros (p = 0.1)    kappa  z[:, :, :m]: the VAE is causal, so this *is* E(last n frames of the chunk before)
+and the loss is Eq. 2 on what is not kappa, now and then with Eq. 16 and 17 on decoded frames of the predicted x0. The cold start (p = 0.1)
+is what infer.py does in chunk 0: the reference picture is the chunk's own first frame, and kappa is that one latent.
+
+Shapes: B batch, T pixel frames, F = 1 + (T-1)/4 latent frames, C channels, H W pixels, h w latent grid, L A audio layers and width.
+Everything random is drawn from (seed, step, row): a resumed run, or one on more processes, draws what the first one would.
+"""
+import argparse
+import inspect
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+import dit
+from audio import AudioEncoder
+from chunks import Pools, collate, encode_clips, load_row, pixels
+from data import ClipFolder
+from dit import AudioDiT, DiTConfig, add_noise, load_wan_checkpoint, sample_teacher, velocity, x0_from_velocity
+from vae import load_vae
+
+# ---------------------------------------------------------------------------------------------------------------- config
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    network: str = "tiny"           # size of the network: a preset of dit.py, or "debug"
+    steps: int = 20000              # optimiser steps (paper: 15,000)
+    batch: int = 4                  # chunks a step, over all processes (paper: 4, whether of each GPU or of all is not said)
+    micro: int = 4                  # chunks a network call of one process; gradients add up over the calls of a step
+    lr: float = 4e-4                # peak of AdamW's learning rate (paper: not given)
+    warmup: int = 300               # steps until it is reached
+    decay: float = 0.3              # share of the steps, at the end, in which it falls to zero
+    ema: float = 0.999              # memory of the averaged weights, which are the ones shipped
+    shift: float = 2.0              # of the noise levels, > 1 trains more on noise; full size: 5 (paper: not given)
+    head: int = 3                   # m, continuity latents = 4 m - 3 frames (paper: lost)
+    cold: float = 0.1               # share of rows that start cold, with the portrait as their first frame
+    deaf: float = 0.1               # share of rows whose audio is zeroed: what guidance compares with
+    focus: float = 0.0              # extra weight of face latents in Eq. 2: a cheap stand-in for Eq. 17, ours; 0 = the paper
+    temporal: float = 0.1           # lambda of Eq. 16 (paper: lost)
+    face: float = 0.1               # lambda of Eq. 17 (paper: lost)
+    pixel_every: int = 8            # steps from one that decodes frames for Eq. 16 and 17 to the next (paper: not said)
+    pixel_sigma: float = 0.5        # only at noise levels below this: above, the predicted x0 is an average of many faces
+    window: int = 3                 # latents decoded for them, at a random place of the chunk
+    context: int = 2                # latents decoded to their left, whose frames are thrown away
+    frames: int = 81                # longest chunk; shorter clips give one chunk of 4k+1 frames
+    offsets: int = 2                # times a clip is cut into chunks, each time from a later frame on
+    references: int = 3             # chunks of a clip whose first frame serves as a reference picture; the clip's last frame also does
+    encode_bf16: bool = False       # encode the cache in bfloat16: 2.5 x faster, latents off by 1 part in 200
+    chunks: int = 0                 # use so many chunks only; 0 = all
+    bf16: bool = True               # bfloat16 autocast
+    checkpointing: bool = False     # recompute the blocks in the backward pass: less memory, a third slower
+    compile: bool = False           # torch.compile, block by block
+    every: int = 500                # steps from one validation to the next
+    minutes: float = 10.0           # from one checkpoint and strip of samples to the next
+    val: int = 8                    # validation chunks
+    seed: int = 0                   # of everything random
+
+
+PRESETS = {"tiny": TeacherConfig(),
+           "debug": TeacherConfig(network="debug", steps=150, batch=2, micro=2, lr=2e-3, warmup=20, ema=0.95, cold=0.0, temporal=0.0, face=0.0,
+                                  offsets=1, references=1, chunks=1, every=100, minutes=1.0, val=1),
+           "wan-1.3b": TeacherConfig(network="wan-1.3b", steps=15000, batch=64, micro=1, lr=1e-5, warmup=500, decay=0.1, ema=0.9999, shift=5.0,
+                                     checkpointing=True, every=500, minutes=30.0)}
+NETWORKS = dit.PRESETS | {"debug": DiTConfig(dim=192, ffn_dim=384, heads=4, layers=3, audio_tokens=4, audio_hidden=64)}
+FREE = ("steps", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
+BINS = (0.1, 0.3, 0.5, 0.7, 0.9)    # noise levels of the validation loss
+
+# ------------------------------------------------------------------------------------------------------------- equations
+
+def flow_matching_loss(v, x0, eps, weight):
+    """Eq. 2. v, x0, eps (B, C, F, h, w); weight (B, 1, F, h, w), zero at the continuity latents -> (B,), a weighted mean of squares."""
+    error = (v - velocity(x0, eps)).square().mean(1, keepdim=True)              # (B, 1, F, h, w)
+    return (error * weight).sum((1, 2, 3, 4)) / weight.sum((1, 2, 3, 4))
+
+
+def temporal_gradient_loss(made, true):
+    """Eq. 16: how frames change, not what they are. Videos (B, 3, T, H, W), T > 1 -> (B,), mean absolute difference."""
+    return (made.diff(dim=2) - true.diff(dim=2)).abs().mean((1, 2, 3, 4))
+
+
+def face_loss(made, true, mask):
+    """Eq. 17: only the face counts. Videos (B, 3, T, H, W), mask (B, 1, T, H, W) in 0..1 -> (B,)."""
+    return (mask * (made - true).abs()).sum((1, 2, 3, 4)) / (3 * mask.sum((1, 2, 3, 4)) + 1e-6)
+
+
+def decode_window(vae, latents, first, count, context):
+    """Frames of latents [first, first + count), first >= 1, from latents (B, C, F, h, w) -> (B, 3, 4 count, H, W), frames 4 first - 3 on.
+
+    The decoder looks back only: `context` >= 1 latents to the left are decoded along, instead of all."""
+    begin = max(0, first - context)
+    return vae.decode(latents[:, :, begin:first + count])[:, :, -4 * count:]
+
+
+def pixel_losses(vae, x0, batch, cfg):
+    """Eq. 16 and 17 for the rows that are clean enough; x0 (B, C, F, h, w) predicted -> two (B,), zero for the other rows."""
+    temporal, face = x0.new_zeros(len(x0)), x0.new_zeros(len(x0))
+    for i, chunk in enumerate(batch["chunk"]):
+        if batch["sigma"][i] >= cfg.pixel_sigma:
+            continue
+        first = int(batch["window"][i])
+        count = min(cfg.window, x0.shape[2] - first)
+        frames = slice(chunk.start + 4 * first - 3, chunk.start + 4 * (first + count) - 3)
+        true = pixels(chunk.clip.frames[frames]).to(x0)                         # (1, 3, 4 count, H, W)
+        mask = torch.from_numpy(np.array(chunk.clip.mask[frames]).repeat(4, 1).repeat(4, 2)).to(x0)[None, None] / 255   # (1, 1, 4 count, H, W)
+        made = decode_window(vae, x0[i:i + 1], first, count, cfg.context).float()
+        temporal[i], face[i] = temporal_gradient_loss(made, true)[0], face_loss(made, true, mask)[0]
+    return temporal, face
+
+
+def teacher_loss(model, vae, batch, cfg, with_pixels):
+    """Eq. 5: L_FM + lambda_temp L_temp + lambda_face L_face -> (B,), and its parts, (B,) each."""
+    x0, eps, sigma = batch["latents"], batch["noise"], batch["sigma"]
+    predicted = batch["predicted"][:, None, :, None, None]                      # (B, 1, F, 1, 1)
+    x = torch.where(predicted > 0, add_noise(x0, eps, sigma), x0)               # Eq. 1, then kappa_gt over the head
+    v = model(x, 1000 * sigma, batch["identity"], batch["audio"])
+    parts = {"flow": flow_matching_loss(v, x0, eps, predicted * (1 + cfg.focus * batch["mask"][:, None]))}
+    loss = parts["flow"]
+    if with_pixels:
+        x0_hat = torch.where(predicted > 0, x0_from_velocity(x, v, sigma), x0)
+        parts["temporal"], parts["face"] = pixel_losses(vae, x0_hat, batch, cfg)
+        loss = loss + cfg.temporal * parts["temporal"] + cfg.face * parts["face"]
+    return loss, parts
+
+# ------------------------------------------------------------------------------------------------------------ checkpoint
+
+def write_safetensors(path, tensors, metadata):
+    """Written aside, then renamed: whoever kills us, the old file or the new one is there. Full disk: OSError, the old one stays."""
+    if not tensors:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, f"{path}.part", metadata)
+        os.replace(f"{path}.part", path)
+    except (OSError, SafetensorError) as error:
+        Path(f"{path}.part").unlink(missing_ok=True)
+        raise OSError(f"{path} was not written: {error}") from None
+
+
+def gather(tensors, dtype=None):
+    """Tensors, or FSDP's shards of them -> whole ones on the CPU of the first process; the others have a part in it and get {}."""
+    first, whole = not dist.is_initialized() or dist.get_rank() == 0, {}
+    for name, tensor in tensors.items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole |= {name: tensor.to("cpu", dtype).contiguous()} if first else {}
+    return whole
+
+
+class State:
+    """Network, its average, the optimiser: all tensors under names, for one process or FSDP's shards alike."""
+
+    def __init__(self, model, cfg):
+        self.model, named = model, dict(model.named_parameters())
+        self.opt = torch.optim.AdamW(named.values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.ema = {k: p.detach().clone() for k, p in named.items()}
+        for p in named.values():                                                # what AdamW would make in its first step; made now, the
+            self.opt.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p.detach()),        # names are always all there
+                                 "exp_avg_sq": torch.zeros_like(p.detach())}
+        self.tensors = {f"model.{k}": p.detach() for k, p in named.items()} | {f"ema.{k}": v for k, v in self.ema.items()}
+        self.tensors |= {f"adam.{key}.{k}": v for k, p in named.items() for key, v in self.opt.state[p].items()}
+
+    @torch.no_grad()
+    def average(self, decay):
+        for k, p in self.model.named_parameters():
+            self.ema[k].lerp_(p, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self):
+        """The averaged weights go into the network and its own into `ema`; once more, and all is as before, bit for bit."""
+        for k, p in self.model.named_parameters():
+            own = p.clone()
+            p.copy_(self.ema[k])
+            self.ema[k].copy_(own)
+
+    def save(self, path, step, cfg):
+        """One .safetensors, written by the first process. If that fails, a warning: the run goes on."""
+        try:
+            write_safetensors(path, gather(self.tensors), {"step": str(step), "config": json.dumps(asdict(cfg))})
+        except OSError as error:
+            print(f"warning: no checkpoint at step {step}: {error}", file=sys.stderr)
+
+    @torch.no_grad()
+    def load(self, path, cfg):
+        """-> steps done, also by another number of processes. ValueError if other options made it; those of FREE may change."""
+        with safe_open(path, "pt") as file:
+            old = json.loads(file.metadata()["config"])
+            other = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(cfg).items() if k not in FREE and old.get(k) != v]
+            if other:
+                raise ValueError(f"{path} was made with other options: {', '.join(other)}")
+            for name, tensor in self.tensors.items():
+                new = file.get_tensor(name).to(tensor.device)
+                tensor.copy_(distribute_tensor(new, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else new)
+            return int(file.metadata()["step"])
+
+
+def export(out, config, ema, step):
+    """OUT/teacher.safetensors (float16) and the "dit" part of OUT/config.json."""
+    path, tensors = out / "config.json", gather(ema, torch.float16)
+    every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not tensors:
+        return
+    if (out / "student.safetensors").exists() and every.get("dit") != asdict(config):
+        print(f"warning: {out / 'student.safetensors'} is a network of another size and will not load any more", file=sys.stderr)
+    write_safetensors(out / "teacher.safetensors", tensors, {"class": "AudioDiT", "trained": "yes", "steps": str(step)})
+    Path(f"{path}.part").write_text(json.dumps(every | {"dit": asdict(config)}, indent=1), encoding="utf-8")
+    os.replace(f"{path}.part", path)
+
+# ----------------------------------------------------------------------------------------------------------------- train
+
+@torch.no_grad()
+def validate(model, chunks, cfg, device):
+    """Eq. 2 of fixed chunks with fixed noise at fixed noise levels -> {sigma: loss}. Only these curves can be compared between steps."""
+    sums = dict.fromkeys(BINS, 0.0)
+    for i, chunk in enumerate(chunks):
+        for sigma in BINS:
+            row = load_row(chunk, cfg, np.random.default_rng((1, i)), cold=False, deaf=False, sigma=sigma)
+            sums[sigma] += teacher_loss(model, None, collate([row], device), replace(cfg, focus=0.0), False)[0].item() / len(chunks)
+    return sums
+
+
+@torch.no_grad()
+def strip(model, vae, chunks, cfg, device, path, steps=20, guidance=3.0):
+    """A picture: truth above sample for four validation chunks, eight moments each; sampled as infer.py samples a first chunk."""
+    rows = []
+    for i, chunk in enumerate(chunks[::max(1, len(chunks) // 4)][:4]):
+        row = collate([load_row(chunk, cfg, np.random.default_rng((2, i)), cold=True, deaf=False, sigma=1.0)], device)
+        z = sample_teacher(model, row["noise"], row["identity"], row["audio"], row["identity"][:, :, :1], steps, guidance=guidance)
+        start = row["chunk"][0].start
+        for video in (pixels(chunk.clip.frames[start:start + chunk.length]), vae.decode(z).float().cpu()):
+            picked = video[0, :, np.linspace(0, chunk.length - 1, 8).astype(int)]                   # (3, 8, H, W)
+            rows.append(picked.permute(2, 1, 3, 0).flatten(1, 2))                                   # (H, 8 W, 3)
+    if path:                                                                    # None: another process writes it
+        Image.fromarray(((torch.cat(rows) + 1) * 127.5).round().clamp(0, 255).byte().numpy()).save(f"{path}.part", "PNG")
+        os.replace(f"{path}.part", path)
+
+
+def plot(run):
+    """run/log.jsonl -> run/loss.png: the smoothed loss, and the validation loss by noise level."""
+    from matplotlib.figure import Figure
+    axes = (figure := Figure((9, 6))).subplots()
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    flow = np.array([r["flow"] for r in records if "flow" in r])
+    n = max(1, min(100, len(flow) // 10))
+    axes.plot(np.arange(n - 1, len(flow)), np.convolve(flow, np.ones(n) / n, "valid"), "k", lw=0.8, label=f"training, mean of {n} steps")
+    for sigma in BINS:
+        axes.plot(*zip(*[(r["step"], r["val"][str(sigma)]) for r in records if "val" in r]), label=f"validation, sigma {sigma}")
+    axes.set(xlabel="step", ylabel="Eq. 2", yscale="log")
+    axes.legend()
+    figure.savefig(run / "loss.png", dpi=120)
+
+
+def mean(numbers):
+    """Scalar tensors -> list of floats, means over the processes."""
+    numbers = torch.stack(list(numbers))
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+        numbers /= dist.get_world_size()
+    return numbers.tolist()
+
+
+def open_log(path, start):
+    """The log of a resumed run goes on at `start`: lines that will be written again are dropped."""
+    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and start else []
+    path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < start), encoding="utf-8")
+    return open(path, "a", encoding="utf-8")
+
+
+def learning_rate(step, cfg):
+    """Up, level, and down to zero: a run can be made longer as long as the fall has not begun."""
+    return cfg.lr * min(1, (step + 1) / cfg.warmup, (1 - step / cfg.steps) / cfg.decay)
+
+
+def train(cfg, model, vae, pools, val, run, resume=False, device="cpu", rank=0, world=1):
+    """The loop. model AudioDiT on its device (sharded if world > 1), val list of Chunk -> State, list of the losses of its steps."""
+    if cfg.batch % (cfg.micro * world):
+        raise ValueError(f"batch {cfg.batch} is not a multiple of micro {cfg.micro} x {world} processes")
+    run.mkdir(parents=True, exist_ok=True)
+    model.gradient_checkpointing = cfg.checkpointing
+    for block in model.blocks if cfg.compile else ():
+        block.compile(dynamic=False)
+    state = State(model, cfg)
+    checkpoint = run / "checkpoint.safetensors"
+    start = state.load(checkpoint, cfg) if resume and checkpoint.exists() else 0
+    log = open_log(run / "log.jsonl", start) if rank == 0 else None
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.bf16)
+    losses, began, clock, last_save = [], *[time.time()] * 3
+    for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, unit="step", disable=None if rank == 0 else True):
+        record = {"step": step}
+        # -------------------------------------------------------------------------------------------- evaluate
+        if step % cfg.every == 0 or step == cfg.steps:
+            state.swap()
+            with autocast:
+                record["val"] = {str(k): round(v, 5) for k, v in validate(model, val, cfg, device).items()}
+            state.swap()
+        # --------------------------------------------------------------------------------------- save and sample
+        age = mean([torch.tensor(time.time() - last_save, device=device)])[0]   # the same on every process
+        if age > 60 * cfg.minutes or step == cfg.steps:
+            state.save(checkpoint, step, cfg)
+            state.swap()
+            with autocast:
+                strip(model, vae, val, cfg, device, run / "strip.png" if rank == 0 else None)
+            state.swap()
+            last_save = time.time()
+        # ------------------------------------------------------------------------------------------------ TRAIN
+        if step < cfg.steps:
+            state.opt.param_groups[0]["lr"] = record["lr"] = learning_rate(step, cfg)
+            record |= train_step(state, vae, pools, cfg, step, autocast, run, device, rank, world)
+            state.average(min(cfg.ema, (1 + step) / (10 + step)))
+            losses.append(record["loss"])
+        # -------------------------------------------------------------------------------------------------- log
+        if rank == 0:
+            record["seconds"] = round(time.time() - clock, 3)
+            print(json.dumps(record), file=log, flush=True)
+            if "val" in record or step % 50 == 0:
+                pace = (time.time() - began) / (step + 1 - start)               # seconds a step, all in all
+                tqdm.write(" | ".join([f"step {step:5d}/{cfg.steps}", f"loss {np.mean(losses[-50:] or [0]):.4f}",
+                                       *(f"{k} {v}" for k, v in record.items() if k not in ("step", "seconds", "loss")),
+                                       f"{cfg.batch / pace:.2f} samples/s", f"{pace * (cfg.steps - step) / 3600:.1f} h left"]))
+            clock = time.time()
+    return state, losses
+
+
+def train_step(state, vae, pools, cfg, step, autocast, run, device, rank, world):
+    """One optimiser step on cfg.batch rows, those of this process in groups of cfg.micro. -> numbers for the log"""
+    with_pixels = (cfg.temporal > 0 or cfg.face > 0) and step % cfg.pixel_every == 0
+    calls, parts, names = cfg.batch // (cfg.micro * world), {}, []
+    state.opt.zero_grad(set_to_none=True)
+    for call in range(calls):
+        rows = range((call * world + rank) * cfg.micro, (call * world + rank + 1) * cfg.micro)
+        batch = collate([pools.draw(cfg, step, row) for row in rows], device)
+        names += [chunk.name for chunk in batch["chunk"]]
+        with autocast:
+            loss, new = teacher_loss(state.model, vae, batch, cfg, with_pixels)
+        (loss.mean() / calls).backward()
+        for k, v in ({"loss": loss} | new).items():
+            parts[k] = parts.get(k, 0) + v.detach().mean() / calls
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    parts = dict(zip(parts, mean(parts.values())))
+    if not np.isfinite(parts["loss"] + norm.item()):                            # before the weights are touched
+        raise FloatingPointError(f"loss {parts['loss']}, gradient norm {norm.item()} at step {step}, in the chunks {', '.join(names)} "
+                                 f"(of process {rank}); the weights were not changed, the last checkpoint is in {run}")
+    state.opt.step()
+    return {k: round(v, 6) for k, v in parts.items() if k != "loss"} | {"loss": parts["loss"], "norm": round(norm.item(), 4)}
+
+# ------------------------------------------------------------------------------------------------------------------ main
+
+def shard(model, device, world):
+    """FSDP: every process keeps 1 / world of the weights, gradients and optimiser, and fetches a block's when it needs them."""
+    if world == 1:
+        return model
+    mesh = init_device_mesh(torch.device(device).type, (world,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)            # True: also outside training only shards remain
+
+
+def build_parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", nargs="+", help="folders of clips (see data.py)")
+    p.add_argument("--share", nargs="+", type=float, help="how often each folder is drawn (default: equally)")
+    p.add_argument("--cache", nargs="+", help="where data.py's decoded frames lie, one per folder (default: FOLDER/.cache-SIZE)")
+    p.add_argument("--weights", type=Path, default=Path("weights/tiny"), help="folder of config.json, vae.safetensors, wav2vec2 (%(default)s)")
+    p.add_argument("--out", type=Path, help="where teacher.safetensors goes (default: --weights)")
+    p.add_argument("--run", type=Path, default=Path("runs/teacher"), help="checkpoint, log, pictures, encoded chunks (%(default)s)")
+    p.add_argument("--preset", choices=PRESETS, default="tiny", help="what the options below are unless given (%(default)s)")
+    p.add_argument("--init", type=Path, help="start from an official Wan2.1 text-to-video checkpoint (.safetensors)")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run")
+    p.add_argument("--plot", action="store_true", help="draw the curves of --run and stop")
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    meaning = dict(re.findall(r"    (\w+): .*?# (.*)", inspect.getsource(TeacherConfig)))
+    for field in fields(TeacherConfig):
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
+        p.add_argument(f"--{field.name.replace('_', '-')}", **kind, help=f"{meaning[field.name]} [{field.default}]")
+    return p
+
+
+def prepare(args, cfg, device, rank, world):
+    """The frozen encoders, the network, the chunks -> model, vae, Pools, validation chunks"""
+    config = json.loads((args.weights / "config.json").read_text(encoding="utf-8"))
+    vae = load_vae(args.weights, device)
+    encoder = AudioEncoder(args.weights / "wav2vec2" if config["audio"] == "wav2vec2" else config["audio"], device)
+    torch.manual_seed(cfg.seed)                                                 # the same first weights on every process
+    model = AudioDiT(replace(NETWORKS[cfg.network], channels=vae.config.z_dim, audio_layers=encoder.layers, audio_dim=encoder.dim))
+    if args.init:
+        print(load_wan_checkpoint(model, load_file(args.init)))
+    folders, val = [], []
+    for folder, cache in zip(args.data, args.cache or [None] * len(args.data), strict=True):
+        parts = ("all", "all") if cfg.chunks else ("train", "val")              # all: learnt by heart, and validated on the same
+        clips, held_out = (ClipFolder(folder, config["size"], part, cache).clips[:cfg.chunks or None] for part in parts)
+        held_out = held_out[::-(-len(held_out) * len(args.data) // cfg.val)]
+        clips, held_out = (encode_clips(c, vae, encoder, args.run / "cache", cfg, device, rank, world) for c in (clips, held_out))
+        folders.append(clips[:cfg.chunks or None])
+        val += [chunk for chunk in held_out if chunk.row == 0]
+    return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders)), val
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in fields(TeacherConfig) if getattr(args, f.name) is not None}
+    cfg = replace(PRESETS[args.preset], **given)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if args.plot:
+            return plot(args.run)
+        if not args.data:
+            raise ValueError("--data is needed: a folder of clips")
+        if world > 1:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            if device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        model, vae, pools, val = prepare(args, cfg, device, rank, world)
+        print(f"{cfg}\nparameters: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M\nchunks of T frames: "
+              f"{ {T: len(pool) for T, pool in pools.by_length.items()} }\nvalidation chunks: {len(val)}")
+        state, losses = train(cfg, model, vae, pools, val, args.run, args.resume, device, rank, world)
+        export(args.out or args.weights, model.config, state.ema, cfg.steps)
+        print(f"steps: {cfg.steps}\nloss: {np.mean(losses[-50:]):.4f}\nweights: {(args.out or args.weights) / 'teacher.safetensors'}")
+    except (OSError, ValueError, KeyError, FloatingPointError, SafetensorError) as error:
+        sys.exit(print(f"train_teacher.py: {error}", file=sys.stderr) or 2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
