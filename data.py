@@ -3,17 +3,15 @@
     python data.py cache CLIPS --size 128    decode every video once (the training scripts do it too)
     python data.py prepare RAW CLIPS         Eq. 18-22: raw footage -> clean clips and CLIPS/report.csv
 
-A video of any size and rate becomes squares at 25 frames a second and 16 kHz mono sound: frame i shows the
-moment (i + 0.5) / 25 s after the first picture, its sound is samples [640 i, 640 (i + 1)). ClipFolder keeps
-them as memory-mapped arrays; TalkingChunks cuts the tuples of Eq. 24 from them:
+A video of any size and rate becomes squares at 25 frames a second and 16 kHz mono sound: frame i shows the moment (i + 0.5) / 25 s after the first
+picture, its sound is samples [640 i, 640 (i + 1)). ClipFolder keeps them as memory-mapped arrays; TalkingChunks cuts the tuples of Eq. 24 from them:
 
     clip     |----------------------------------------------------------|
     chunk 0  |=================|               `frames` = 4k + 1 long (81 frames are 21 latents)
     chunk 1             |------===========|    first `overlap` frames = last `overlap` frames of chunk 0
 
-The VAE is causal: the latents of the overlap are the chunk's own first latents, kappa_gt needs no other data.
-Pictures are silent clips of one frame: the VAE can train on them, TalkingChunks passes over them. Left out:
-vocal separation (Eq. 23), hands over the face (DWPose), a learned quality score (DOVER).
+The VAE is causal: the latents of the overlap are the chunk's own first latents, kappa_gt needs no other data. Pictures are silent clips of one frame:
+the VAE can train on them, TalkingChunks passes over them. Left out: vocal separation (Eq. 23), hands over the face (DWPose), learned quality (DOVER).
 """
 import argparse
 import csv
@@ -80,7 +78,7 @@ def read_audio(path, samples):
     """A video's sound from the moment of its first picture on, padded or cut. -> int16 (samples,) at 16 kHz,
     or (0,) if it has none. Streams that start late or early or have holes are kept in time."""
     with av.open(str(path)) as container:
-        zero = next(container.decode(video=0)).time or 0.0
+        zero = next(container.decode(container.streams.best("video"))).time or 0.0
     with av.open(str(path)) as container:
         even = ("asetpts", f"PTS-{zero}/TB"), ("aresample", f"{RATE}:async=1:first_pts=0")
         mono, stream = ("aformat", "sample_fmts=s16:channel_layouts=mono"), container.streams.best("audio")
@@ -115,9 +113,8 @@ def face_mask(frames, mask, box, parser):
 
 
 def decode(path, size, parser=None, faces=None):
-    """A video or picture -> frames uint8 (N, size, size, 3), audio int16 (640 N,) or (0,) if silent, mask
-    uint8 (N, size/4, size/4). The crop is around the sidecar's face box, else around the one `faces` mostly
-    finds, else in the middle; a square file with a sidecar stays whole. Raises if the file is no good."""
+    """A file -> frames uint8 (N, size, size, 3), audio int16 (640 N,) or (0,) if silent, mask uint8 (N, size/4, size/4). The crop: around the
+    sidecar's face box, else the one `faces` mostly finds, else in the middle; a square file with a sidecar stays whole. Raises if it is bad."""
     sidecar, crop, frames, still = {}, None, bytearray(), path.suffix.lower() in PICTURES
     if path.with_suffix(".npz").exists():
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as npz:
@@ -170,11 +167,12 @@ def cached(path, cache, size, parser=None, faces=None):
     return final
 
 
-def sidecar_text(path, key):
-    """A value of NAME.json beside a file, as text; without it the file's name without its ending."""
+def sidecar_text(path, key, default):
+    """A value of NAME.json beside a file, as text, or `default` if there is none."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))[key])
-    return path.stem
+        value = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))[key]
+        return default if value is None else str(value)
+    return default
 
 
 def media_files(folder, endings):
@@ -183,35 +181,35 @@ def media_files(folder, endings):
 
 
 def split_of(folder, who):
-    """Path -> "train", "val" or None for a folder's files (path -> identity), as split.json or split.tsv
-    (here or, GRID's, in the parent) says, else by hash: 5 % of the identities, at least 1 of 2, are "val"."""
-    tables = folder / "split.json", folder / "split.tsv", folder.parent / "split.tsv"
-    table = next((table for table in tables if table.exists()), None)
+    """Path -> "train", "val" or None for a folder's files (path -> identity), as split.json or split.tsv (here or, GRID's, in the parent) says, else
+    by hash: 5 % of the identities, at least 1 of 2, are "val". Raises ValueError for a table of another form."""
+    table = next(filter(Path.exists, (folder / "split.json", folder / "split.tsv", folder.parent / "split.tsv")), None)
     if table is None:
         rank = {x: int(hashlib.sha256(x.encode()).hexdigest()[:8], 16) / 2 ** 32 for x in who.values()}
         bar = max(0.05, min(rank.values())) if len(rank) > 1 else 0.0
         return {path: "val" if rank[x] <= bar else "train" for path, x in who.items()}
-    text = table.read_text(encoding="utf-8")
-    if table.suffix == ".json":
-        part = {name: part for part, names in json.loads(text).items() for name in names}
-    else:
-        part = {row["clip"]: row["split"] for row in csv.DictReader(text.splitlines(), delimiter="\t")}
+    try:
+        text = table.read_text(encoding="utf-8")
+        if table.suffix == ".json":              # [] + names: a word is no list of names
+            part = {name: part for part, names in json.loads(text).items() for name in [] + names}
+        else:
+            part = {row["clip"]: row["split"] for row in csv.DictReader(text.splitlines(), delimiter="\t")}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{table} needs {{"train": [names], "val": [names]}} or columns clip, split') from error
     return {path: part.get(path.stem) for path in who}
 
 
 class ClipFolder:
-    """The clips of one or more folders as .clips (list of Clip) and .skipped (list of (file name, reason)).
-    Beside a file, NAME.json ("identity") and NAME.npz ("mask" uint8 (N, h, w), "box" x0 y0 x1 y1 in pixels)
-    are used; without them `parser`, picture -> mask uint8 (h, w), and `faces`, picture -> box or None.
-    Raises FileNotFoundError for a missing folder, ValueError if no clip is left."""
+    """The clips of one or more folders as .clips (list of Clip) and .skipped (list of (file name, reason)). Beside a file, NAME.json ("identity")
+    and NAME.npz ("mask" uint8 (N, h, w), "box" x0 y0 x1 y1 in pixels) are used; without them `parser`, picture -> mask uint8 (h, w), and `faces`,
+    picture -> box or None. Raises FileNotFoundError for a missing folder, ValueError if no clip is left."""
 
-    def __init__(self, folders, size=128, split="train", cache=None, need_audio=True, workers=1, parser=None,
-                 faces=None):
-        if size % 8 or size < 16 or split not in ("train", "val", "all"):
-            raise ValueError(f"size {size} must be a multiple of 8, and split {split} train, val or all")
+    def __init__(self, folders, size=128, split="train", cache=None, need_audio=True, workers=1, parser=None, faces=None):
+        if size % 8 or size < 16 or workers < 1 or split not in ("train", "val", "all"):
+            raise ValueError(f"size {size} must be 16, 24, 32, ...; workers {workers} 1 or more; split {split} train, val or all")
         self.clips, self.skipped, jobs = [], [], []
         for folder in map(Path, [folders] if isinstance(folders, (str, Path)) else folders):
-            who = {path: sidecar_text(path, "identity") for path in media_files(folder, VIDEOS | PICTURES)}
+            who = {path: sidecar_text(path, "identity", path.stem) for path in media_files(folder, VIDEOS | PICTURES)}
             store, part = Path(cache or folder / f".cache-{size}"), split_of(folder, who)
             store.mkdir(parents=True, exist_ok=True)
             jobs += [(path, who[path], store) for path in who if split in ("all", part[path])]
@@ -228,7 +226,7 @@ class ClipFolder:
             except Exception as error:       # noqa: BLE001, a decoder trips over any rubbish: it is a row
                 return path.name, f"{type(error).__name__}: {error}"
 
-        with ThreadPoolExecutor(max(1, workers)) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             for clip in tqdm(pool.map(load, jobs), "decoding", len(jobs), unit="file", disable=None):
                 (self.clips if isinstance(clip, Clip) else self.skipped).append(clip)
         if not self.clips:
@@ -243,16 +241,17 @@ class ClipFolder:
 
 # ---------- clips -> training tuples (Eq. 24) ----------
 class TalkingChunks(torch.utils.data.Dataset):
-    """Chunks of `frames` (4k + 1) frames, each `frames - overlap` after the one before; too short or silent
-    clips are left out. Item i depends on (seed, epoch, i) alone, not on workers or order; set `.epoch` for
-    other references and chunks that begin elsewhere. An item: video uint8 (T, H, W, 3); reference uint8 (H,
-    W, 3), I^ref; audio float32 (640 T,) in [-1, 1]; mask uint8 0/255 (T, H/4, W/4); audio_start, its first
-    frame in the clip; clip, name; chunk, number."""
+    """Chunks of `frames` (4k + 1) frames, each `frames - overlap` after the one before; too short or silent clips are left out, (name, reason) in
+    .skipped. Item i depends on (seed, epoch, i) alone, not on workers or order; set `.epoch` for other references and chunks that begin elsewhere.
+    An item: video uint8 (T, H, W, 3); reference uint8 (H, W, 3), I^ref; audio float32 (640 T,) in [-1, 1]; mask uint8 0/255 (T, H/4, W/4);
+    audio_start, its first frame in the clip; clip, name; chunk, number."""
 
     def __init__(self, clips, frames=81, overlap=9, seed=0):
         if frames % 4 != 1 or overlap % 4 != 1 or not 0 < overlap < frames:
             raise ValueError(f"frames {frames} and overlap {overlap} must be 1, 5, 9, ...; overlap < frames")
         self.clips = [clip for clip in clips if clip.length >= frames and len(clip.audio)]
+        self.skipped = [(clip.name, "no audio" if clip.length >= frames else f"{clip.length} frames of {frames}")
+                        for clip in clips if clip.length < frames or not len(clip.audio)]
         if not self.clips:
             raise ValueError(f"none of {len(clips)} clips has {frames} frames and sound")
         self.frames, self.step, self.seed, self.epoch = frames, frames - overlap, seed, 0
@@ -275,8 +274,7 @@ class TalkingChunks(torch.utils.data.Dataset):
         starts = [offset + self.step * k for k in range(first, first + K)]
         outside = [f for f in range(clip.length) if not starts[0] <= f < starts[-1] + self.frames]
         reference = clip.frames[np.random.default_rng([*key, first, K]).choice(outside or clip.length)]
-        return [{"video": torch.tensor(clip.frames[a:a + self.frames]),                        # (T, H, W, 3)
-                 "reference": torch.tensor(reference),                                         # (H, W, 3)
+        return [{"video": torch.tensor(clip.frames[a:a + self.frames]), "reference": torch.tensor(reference),    # (T, H, W, 3), (H, W, 3)
                  "audio": torch.tensor(clip.audio[a * HOP:(a + self.frames) * HOP] / np.float32(32768)),
                  "mask": torch.tensor(clip.mask[a:a + self.frames]),                           # (T, H/4, W/4)
                  "audio_start": a, "clip": clip.name, "chunk": k} for k, a in enumerate(starts, first)]
@@ -286,12 +284,11 @@ class TalkingChunks(torch.utils.data.Dataset):
 LIMITS = {                                   # name: (1 at least, -1 at most, 0 a setting; default; meaning)
     "size": (0, 256, "side of the clips, pixels"), "longest": (0, 20.0, "longer scenes are divided, seconds"),
     "cut": (0, 5.0, "change between two frames that begins a new scene, grey levels"),
-    "alike": (0, 0.95, "Eq. 19: two visual hashes closer than this are one video"),
-    "seconds": (1, 3.24, "shortest clip: one chunk"), "rho": (1, 0.9, "Eq. 21: share of frames with a face"),
+    "alike": (0, 0.95, "Eq. 19: two visual hashes closer than this are one video"), "seconds": (1, 3.24, "shortest clip: one chunk"),
+    "rho": (1, 0.9, "Eq. 21: share of frames with a face"),
     "sharpness": (1, 30.0, "q of Eq. 22, here the median variance of the Laplacian at 128 px"),
     "frozen": (-1, 0.7, "share of frames like the one before"), "black": (-1, 0.1, "share of black frames"),
-    "loudness": (1, -45.0, "root mean square of the sound, dB of full scale"),
-    "clipping": (-1, 0.01, "share of samples at full scale"),
+    "loudness": (1, -45.0, "root mean square of the sound, dB of full scale"), "clipping": (-1, 0.01, "share of samples at full scale"),
     "sync_c": (1, 3.0, "Sync-C, with --syncnet"), "sync_d": (-1, 10.0, "Sync-D, with --syncnet")}
 
 
@@ -317,8 +314,7 @@ def scenes_of(grey, cut, longest):
 
 
 def measure(frames, audio, boxes):
-    """The figures of Eq. 21-22 for frames uint8 (T, H, W, 3), sound int16 (640 T,) and the face boxes of some
-    of the frames, None where there is no face, [] without a detector. -> dict"""
+    """Figures of Eq. 21-22: frames uint8 (T, H, W, 3), sound int16 (640 T,), face boxes of some frames (None: no face; []: no detector). -> dict"""
     g, sound = small_grey(frames, 128), audio / 32768
     edge = 4 * g[:, 1:-1, 1:-1] - g[:, 2:, 1:-1] - g[:, :-2, 1:-1] - g[:, 1:-1, 2:] - g[:, 1:-1, :-2]
     figures = {"seconds": len(frames) / FPS, "sharpness": np.median(edge.var((1, 2))),
@@ -341,8 +337,7 @@ def face_detector():
         import cv2
         model, cascade = cv2.data.haarcascades + "haarcascade_frontalface_default.xml", cv2.CascadeClassifier
     except (ImportError, AttributeError):
-        return print("warning: no face detector: crops are centred, faces not checked. To have one: "
-                     "pip install 'opencv-python-headless<5'", file=sys.stderr)
+        return print("warning: no face detector: centred crops, faces not checked. For one: pip install 'opencv-python-headless<5'", file=sys.stderr)
 
     def haar_face(picture):
         scale = max(1, min(picture.shape[:2]) // 240)
@@ -372,38 +367,42 @@ def prepare(src, dst, syncnet=None, **limits):
     """Eq. 18-22: the videos of folder `src` -> good clips in `dst`, a row for every scene in dst/report.csv.
     `syncnet`: function (frames, sound float32) -> (Sync-C, Sync-D). -> the rows; no "reason": it was kept"""
     limits = {key: value[1] for key, value in LIMITS.items()} | limits
-    if limits["size"] % 8 or limits.keys() != LIMITS.keys():
-        raise ValueError(f"size is not a multiple of 8, or unknown: {limits.keys() - LIMITS.keys()}")
-    rows, seen, faces = [], [], face_detector()
+    if limits["size"] % 8 or limits["size"] < 16 or not 0 < limits["longest"] < np.inf or limits.keys() - LIMITS:
+        raise ValueError(f"size {limits['size']} must be 16, 24, ...; longest {limits['longest']} > 0; unknown: {limits.keys() - LIMITS or 'none'}")
+    if not (files := media_files(src, VIDEOS)):
+        raise ValueError(f"no video in {src}")
+    if dst.is_dir() and media_files(dst, VIDEOS | {".npz"}):     # of an earlier run, or dst is src
+        raise ValueError(f"{dst} holds clips already: give a new or empty folder")
     dst.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(media_files(src, VIDEOS), "preparing", unit="video", disable=None):
+    rows, seen, faces = [], {}, face_detector()
+    taken = Counter(text.casefold() for path in files for text in (path.stem, path.name))
+    for path in tqdm(files, "preparing", unit="video", disable=None):
+        base = path.stem if taken[path.stem.casefold()] == 1 else path.name      # if a.mov and a.mp4 are here
         try:
             frames, audio, _ = decode(path, limits["size"], None, faces)
             if not len(audio):
                 raise ValueError("no audio")
         except Exception as error:           # noqa: BLE001, as in ClipFolder
-            rows.append({"clip": path.stem, "source": path.name, "reason": f"unreadable: {error!r}"})
+            rows.append({"clip": base, "source": path.name, "reason": f"unreadable: {error!r}"})
             continue
-        grey, who = small_grey(frames, 16), sidecar_text(path, "source")
-        h = visual_hash(grey)                # Eq. 19: the first of the same source id or hash is kept
-        twin = next((name for name, id_, g in seen if id_ == who or g @ h > limits["alike"]), None)
-        seen.append((path.name, who, h))
+        grey, who = small_grey(frames, 16), sidecar_text(path, "source", "")
+        h = visual_hash(grey)                # Eq. 19: the first good one of the same source id or hash is kept
+        twin = next((name for name, (id_, g) in seen.items() if id_ == who != "" or g @ h > limits["alike"]), None)
         for k, (a, b) in enumerate(scenes_of(grey, limits["cut"], limits["longest"] * FPS)):
-            part, sound, name = frames[a:b], audio[a * HOP:b * HOP], f"{path.stem}_{k:03d}"
+            part, sound, name = frames[a:b], audio[a * HOP:b * HOP], f"{base}_{k:03d}"
             boxes = [faces(frame) for frame in part[::5]] if faces else []     # 5 times a second
             figures = measure(part, sound, boxes)
             reasons = [f"duplicate of {twin}"] if twin else failures(figures, limits)
             if syncnet and not reasons:
                 figures["sync_c"], figures["sync_d"] = syncnet(part, sound / np.float32(32768))
                 reasons = failures(figures, limits)
-            rows.append({"clip": name, "source": path.name, "start": a / FPS} | figures)
-            rows[-1]["reason"] = "; ".join(reasons)
+            rows.append({"clip": name, "source": path.name, "start": a / FPS, "reason": "; ".join(reasons)} | figures)
             if not reasons:
-                text = {"identity": sidecar_text(path, "identity"), "video": who, "start": a / FPS}
+                seen[path.name], identity = (who, h), sidecar_text(path, "identity", path.stem)
+                text = {"identity": identity, "video": who or path.stem, "start": a / FPS}
                 (dst / f"{name}.json").write_text(json.dumps(text), encoding="utf-8")
                 if faces:
-                    box = np.median([box for box in boxes if box is not None], axis=0)
-                    np.savez(dst / f"{name}.npz", box=box.astype(np.float32))
+                    np.savez(dst / f"{name}.npz", box=np.float32(np.median([b for b in boxes if b is not None], axis=0)))
                 write_mp4(dst / f"{name}.mp4", part, sound)
     with open(dst / "report.part", "w", encoding="utf-8", newline="") as f:
         table = csv.DictWriter(f, ["clip", "source", "start", *(k for k in LIMITS if LIMITS[k][0]), "reason"])
@@ -423,16 +422,17 @@ def main(argv=None):
     cache.add_argument("--workers", type=int, default=1, help="files decoded at the same time (default 1)")
     clean = commands.add_parser("prepare", help="Appendix F: raw footage -> clean clips and report.csv")
     clean.add_argument("src", type=Path, help="folder of raw videos")
-    clean.add_argument("dst", type=Path, help="folder for the clips and report.csv")
+    clean.add_argument("dst", type=Path, help="folder for the clips and report.csv; must not hold clips yet")
     clean.add_argument("--syncnet", help="weights of the SyncNet of evaluate.py")
     for key, (_, value, text) in LIMITS.items():
-        flag, text = "--" + key.replace("_", "-"), f"{text} (default {value})"
-        clean.add_argument(flag, type=type(value), default=value, help=text)
+        clean.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=f"{text} (default {value})")
     args = vars(parser.parse_args(argv))
     try:
         if args.pop("command") == "cache":
             return print(ClipFolder(split="all", **args).report())
         if args["syncnet"]:
+            if not Path(__file__).with_name("evaluate.py").exists():
+                raise ValueError("--syncnet needs evaluate.py, which is not here: go without --syncnet")
             from evaluate import syncnet_scorer
             args["syncnet"] = syncnet_scorer(args["syncnet"])
         else:

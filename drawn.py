@@ -50,14 +50,14 @@ def relief(points, x, y, width=.11):
 
 
 # -------------------------------------------------------------------------------------- a portrait that moves
-
 class Puppet:
     """One portrait ready to be moved.
 
     image: (H, H, 3) uint8; points: (468, 3) in its pixels, smaller z = nearer; size: pixels of a frame, drawn
-    at twice that and averaged. Raises ValueError for a picture or a mesh of another shape."""
+    at twice that and averaged; check: stop after the mouth line and the lids. Raises ValueError for a picture
+    or a mesh of another shape, without a dark line between the lips, or with brows that touch the lids."""
 
-    def __init__(self, image, points, size):
+    def __init__(self, image, points, size, check=False):
         image, points, side = np.asarray(image), np.asarray(points, np.float64), len(image)
         if image.shape != (side, side, 3) or points.shape != (468, 3):
             raise ValueError(f"need a square RGB picture, 468 points, got {image.shape} and {points.shape}")
@@ -70,7 +70,8 @@ class Puppet:
         mask = Image.new("L", (side, side))
         ImageDraw.Draw(mask).polygon([tuple(v) for v in points[OVAL, :2]], fill=255)
         self.texture = f32(np.dstack([image, mask]) / 255).movedim(-1, 0).contiguous()[None]  # (1, 4, H, H)
-        for build in (self.curves, self.pose_fields, self.expression_fields, self.colours):
+        self.curves()
+        for build in () if check else (self.pose_fields, self.expression_fields, self.colours):
             build()
 
     def to_face(self, xy):
@@ -109,20 +110,25 @@ class Puppet:
         mid = (inner[0] + inner[1]) / 2
         self.line = np.polyfit(np.clip(self.mouth_u(mid[:, 0]), -1, 1), mid[:, 1], 4)
         self.slits = [np.polyfit(self.mouth_u(e[:, 0]), np.abs(mid - e)[:, 1], 4) for e in inner]
-        u, off = np.linspace(-.75, .75, 13), np.linspace(-.05, .05, 21)[:, None]
+        u, off = np.linspace(-.75, .75, 13), np.linspace(-.09, .09, 37)[:, None]
         x, y = np.broadcast_arrays(self.mx + u * np.where(u < 0, *self.half), np.polyval(self.line, u) + off)
-        grey = self.read(np.stack([x.ravel(), y.ravel()], 1)).mean(-1).reshape(21, 13)
-        dark = off[np.argmin(grey + .25 * grey.mean() * (off / .05) ** 2, 0), 0]
+        grey = self.read(np.stack([x.ravel(), y.ravel()], 1)).mean(-1).reshape(37, 13)
+        dark = off[np.argmin(grey + .25 * grey.mean() * (off / .09) ** 2, 0), 0]
         shift = np.polyfit(u, dark, 2, w=np.ptp(grey, 0) + .02)
-        if np.abs(np.polyval(shift, u)).max() < .06:
-            self.line = np.polyadd(self.line, np.polymul(shift, [-1, 0, 1]))            # 0 at the corners
+        fit, dip = np.polyval(shift, u), np.median(np.median(grey, 0) - grey.min(0)) / grey.mean()
+        if np.abs(fit).max() > .085 or np.median(np.abs(fit - dark)) > .012 or not dip > .05:
+            raise ValueError("no dark line between the lips near that of the mesh")
+        self.line = np.polyadd(self.line, np.polymul(shift, [-1, 0, 1]))                # 0 at the corners
         self.lids = []  # (xs, y of the lid, way down, reach)
         for (upper, lower), (_, brow) in zip(EYES, BROWS):
             xs, weight = np.linspace(p[upper[0], 0], p[upper[-1], 0], 33), [3] + [1] * 7 + [3]
             top, bottom = (np.polyval(np.polyfit(p[i, 0] - xs[16], p[i, 1], 4, w=weight), xs - xs[16]) + shift
-                           for i, shift in ((upper, -.012), (lower, .018)))  # takes the lashes along
-            way = np.maximum(bottom - top, 0) * smoothstep(np.abs(np.linspace(-1, 1, 33)), 1, .8)
-            self.lids.append((xs, top, way, max(p[upper, 1].mean() - p[brow, 1].mean(), .13)))
+                           for i, shift in ((upper, -.012), (lower, .045)))  # takes the lashes along
+            way = np.maximum(bottom - top, 0) * smoothstep(np.abs(np.linspace(-1, 1, 33)), 1, .9)
+            reach = p[upper[2:7], 1].mean() - p[brow, 1].mean()
+            if reach < .15:
+                raise ValueError("the brows are too near the lids: a blink would smear them")
+            self.lids.append((xs, top, way, reach))
 
     def pose_fields(self):
         """m x, m y, m z, m on a coarse grid; motion is linear in them. m: 1 on the head, 0 at the border."""
@@ -151,7 +157,7 @@ class Puppet:
         lid, gaze, brow, o = np.zeros((4, gh, gw))
         for (xs, top, way, reach), (_, ring) in zip(self.lids, BROWS):
             ty, e, deep = y - np.interp(x, xs, top), (x - xs.mean()) / (xs[-1] - xs[0]) * 2, way.max() / 2
-            lid += np.interp(x, xs, way, 0, 0) * smoothstep(ty, -.95 * reach, -.01) * (ty < .3)
+            lid += np.interp(x, xs, way, 0, 0) * smoothstep(ty, -.8 * reach, -.01) * (ty < .3)
             gaze += smoothstep(np.abs(e), 1, .3) * smoothstep(np.abs(ty - deep), deep + .02, .03)
             bx, by, _ = self.p[ring].mean(0)
             side = np.exp(-((x - bx) / .42) ** 4)
@@ -255,10 +261,10 @@ class Puppet:
         field, hx, hy = torch.cat([d, slope], 1), (x1 - x0) / gw / 2, (y1 - y0) / gh / 2
         axes = torch.linspace(x0 + hx, x1 - hx, gw), torch.linspace(y0 + hy, y1 - hy, gh)
         c, e = torch.stack(torch.meshgrid(*axes, indexing="xy")), torch.zeros_like(d)
-        for _ in range(4):
+        for _ in range(7):
             f = self.lookup(field, (c + e).movedim(1, -1))
             step = (e[:, 1:] + f[:, 1:2]) / (1 + f[:, 2:]).clamp(min=.35)
-            e = torch.cat([-f[:, :1], e[:, 1:] - step], 1)
+            e = torch.cat([-f[:, :1], e[:, 1:] - step.clamp(-.08, .08)], 1)     # a lid is steep: short steps
         return e.view(-1, 2, 2, gh, gw).transpose(1, 2).flatten(2, 3)
 
     def lip_tables(self, coef):
@@ -299,25 +305,18 @@ class Puppet:
 
 
 # ------------------------------------------------------------------------------------ a portrait from nothing
-
 # Symmetric mean mesh of 172 generated portraits: int8 (3, 468), 1/98 eye distances, x y-0.44 z, zlib, base 85
 MESH = (
-    "c-pPh%Tp6~0KoCzCO{r81_+z?0|O0Gs0<W}60$)oP{0aP+9K7~;wUp}_15;#>7_mN*h|$J>`1Mhp-cxWwm^|lgch&`0zn>0Odu>9*gQ7"
-    "L!sbQ7rp$QZ;6=ypfAG0{0RRyIzyq+SaEE1Pe9$quFfw${K6tImM2Cn~a(y8Z?!mFuKf|Max4p~8TQ16MyNk`w{o8Hq`YGtaJ=SHrkMM"
-    "_SIv5IVIM*=qb$~f&=caYi(fil1-"
-    "L;NA{MFg(CT`xjKV@ADcXr3{A3Q7l8y!x6U;p*)8@9Nub9}~ji!_Y^u(Z7PvweQ*?}t}Mz^ZEtj2gYaVH8;I@R1((hQt2U)I)jKu^t)&"
-    "Vc-UUnp#>Mow-lqW2S$88SI?!c$|KG;qimMyH^KBrY)H3nv<f!6cLFMWMF83dyLnfTU1_~Rhn<8K9OB}v9%E9OVmPHK9|?5P^pje(1wp"
-    "QHN|Jdf`d6ts)9phEyb;$?n4xaR+F6}N$0`vK0aS6SE>$PP-VgL{o2y3#&?cpi)E^+lk!H9<m`JjC0Zq~ttDCU8FHXr+AdFTsK3y1J|`"
-    ")st-L7bjIdCbr%`^AT~MO0x@1s`Q_<qg4^#q8dxj7ZNwczFD{K~I%2ds;iYF43<h_m-"
-    ")d&^3!iv+iZATD9p03D0e5|4AQk~(=T$T8uTp-"
-    "{HBwUU}m{wi)mRL>0%+tk@KfckShRW*t#umA(XT`B%v5!woOghd#F`N0NXxR}Itr5YGsC1Z<=pX!X_&<HISf<zCLk52TuB&6HuUuCl)f"
-    "@DP9yPR_sC&B-"
-    "t*oj(1SwHeEmwx(Y2V+xbG*0XTl<D}+AZ+<HYw7z3{A>o3wYW*SGvf0_d}Lp?23YAu~?5HUtK<T<7=yV>GACJv~hOWtj!bU8b3PsMeV%"
-    "r%g-f-s_Ob?RIe*l;4`L*;+fN1Zi2aTwyjS5K5`)EGP~&%sznRl2nvzZiIGR6<BKFt5Ke5xBaUQBMKYOU$!eQ3(u=Q7`Lf78#9iSt;B$"
-    "O#<^^q@CvMy9+&b4ykYs=k(wlVLj29#Tn+IYshP9u|FA>GO)Mg|Y<IJ1b5tk=rfsV;YhTBYfImwLA?~U*&zRb53^`$^bj(8-"
-    "vLvIB`JF)Hf_9+|!-"
-    "k>+e1h_jioACHkgb<H*sNiHM5qB$7&B3PaD7@Cnw&s>q6y@#5qiQz9(qw4zT>=2Hkp#m)?8+2x&_#OHVonW2Bun(sNGOuny$O^ahyzGX"
-    "C0Q_sJHaI2I5)v?pa7BvYY`pWze1R!;Yb`xJIqgJfdq4sTr=Bj0V~eh33E6$?yFP2EOHNVSNIJ093SR>LEHZTO1-H")
+    "c-pPh%Tp6~0KoCzCO{r81_+z?0|O0Gs0<W}60$)oP{0aP+9K7~;wUp}_15;#>7_mN*h|$J>`1Mhp-cxWwm^|lgch&`0zn>0Odu>9*gQ7L!sbQ7rp$QZ;6=ypfAG0{0RRyIzyq+SaEE1P"
+    "e9$quFfw${K6tImM2Cn~a(y8Z?!mFuKf|Max4p~8TQ16MyNk`w{o8Hq`YGtaJ=SHrkMM_SIv5IVIM*=qb$~f&=caYi(fil1-L;NA{MFg(CT`xjKV@ADcXr3{A3Q7l8y!x6U;p*)8@9Nu"
+    "b9}~ji!_Y^u(Z7PvweQ*?}t}Mz^ZEtj2gYaVH8;I@R1((hQt2U)I)jKu^t)&Vc-UUnp#>Mow-lqW2S$88SI?!c$|KG;qimMyH^KBrY)H3nv<f!6cLFMWMF83dyLnfTU1_~Rhn<8K9OB}"
+    "v9%E9OVmPHK9|?5P^pje(1wpQHN|Jdf`d6ts)9phEyb;$?n4xaR+F6}N$0`vK0aS6SE>$PP-VgL{o2y3#&?cpi)E^+lk!H9<m`JjC0Zq~ttDCU8FHXr+AdFTsK3y1J|`)st-L7bjIdCb"
+    "r%`^AT~MO0x@1s`Q_<qg4^#q8dxj7ZNwczFD{K~I%2ds;iYF43<h_m-)d&^3!iv+iZATD9p03D0e5|4AQk~(=T$T8uTp-{HBwUU}m{wi)mRL>0%+tk@KfckShRW*t#umA(XT`B%v5!wo"
+    "Oghd#F`N0NXxR}Itr5YGsC1Z<=pX!X_&<HISf<zCLk52TuB&6HuUuCl)f@DP9yPR_sC&B-t*oj(1SwHeEmwx(Y2V+xbG*0XTl<D}+AZ+<HYw7z3{A>o3wYW*SGvf0_d}Lp?23YAu~?5H"
+    "UtK<T<7=yV>GACJv~hOWtj!bU8b3PsMeV%r%g-f-s_Ob?RIe*l;4`L*;+fN1Zi2aTwyjS5K5`)EGP~&%sznRl2nvzZiIGR6<BKFt5Ke5xBaUQBMKYOU$!eQ3(u=Q7`Lf78#9iSt;B$O#"
+    "<^^q@CvMy9+&b4ykYs=k(wlVLj29#Tn+IYshP9u|FA>GO)Mg|Y<IJ1b5tk=rfsV;YhTBYfImwLA?~U*&zRb53^`$^bj(8-vLvIB`JF)Hf_9+|!-k>+e1h_jioACHkgb<H*sNiHM5qB$7"
+    "&B3PaD7@Cnw&s>q6y@#5qiQz9(qw4zT>=2Hkp#m)?8+2x&_#OHVonW2Bun(sNGOuny$O^ahyzGXC0Q_sJHaI2I5)v?pa7BvYY`pWze1R!;Yb`xJIqgJfdq4sTr=Bj0V~eh33E6$?yFP2"
+    "EOHNVSNIJ093SR>LEHZTO1-H")
 SIDE, FINE = 256, 2                     # pixels of the picture; everything is painted FINE times larger
 
 

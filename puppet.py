@@ -15,9 +15,11 @@ import json
 import os
 import sys
 import time
+import zlib
 from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
+from zipfile import BadZipFile
 
 import av
 import numpy as np
@@ -27,39 +29,34 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from drawn import OVAL, Puppet, draw_face, smoothstep
+from drawn import BROWS, OVAL, Puppet, draw_face, smoothstep
 
 # ----------------------------------------------------------------------------------------------------- config
-
 FPS, RATE = 25, 16000           # frame i shows time (i + 0.5) / 25 s and has the samples [640 i, 640 (i + 1))
 GAP = 0.27  # inner-lip gap at opening 1, eye distances (real speakers: 0.05-0.25 on open vowels)
+DRAWN = 400     # drawn faces to choose from; not a function of --clips, or more clips would change the first
 PLANNED = ("identity", "speaker", "seed", "size", "frames")    # what tells a clip of one plan from another
 KEYS = ("jaw_open", "lip_width", "lip_round", "lip_close", "teeth", "tongue")
 # phone: KEYS, then weight = how strongly the sound pulls its neighbours. Textbook phonetics; jaw_open and
 # weight were moved halfway to what fits the lips of GRID speaker 1 best.
 PHONES = {
-    "sil": (0, 0, 0, .6, 0, 0, .45), "i": (.35, 1, 0, 0, 0, .3, .65), "ɪ": (.42, .65, 0, 0, 0, .2, .51),
-    "ɛ": (.65, .55, 0, 0, 0, .15, .67), "æ": (.67, .6, 0, 0, 0, .15, .69), "ɑ": (.9, .2, 0, 0, 0, .05, .96),
-    "ɔ": (.63, 0, .55, 0, 0, 0, .83), "ʊ": (.32, 0, .65, 0, 0, 0, .6), "u": (.25, 0, 1, 0, 0, 0, .91),
-    "ʌ": (.5, .25, 0, 0, 0, .1, .46), "ə": (.4, .25, 0, 0, 0, .1, .3), "ɝ": (.3, .1, .5, 0, 0, .25, .6),
+    "sil": (0, 0, 0, .6, 0, 0, .45), "i": (.35, 1, 0, 0, 0, .3, .65), "ɪ": (.42, .65, 0, 0, 0, .2, .51), "ɛ": (.65, .55, 0, 0, 0, .15, .67),
+    "æ": (.67, .6, 0, 0, 0, .15, .69), "ɑ": (.9, .2, 0, 0, 0, .05, .96), "ɔ": (.63, 0, .55, 0, 0, 0, .83), "ʊ": (.32, 0, .65, 0, 0, 0, .6),
+    "u": (.25, 0, 1, 0, 0, 0, .91), "ʌ": (.5, .25, 0, 0, 0, .1, .46), "ə": (.4, .25, 0, 0, 0, .1, .3), "ɝ": (.3, .1, .5, 0, 0, .25, .6),
     "eɪ": (.68, .75, 0, 0, 0, .2, .79), "aɪ": (.81, .45, 0, 0, 0, .15, .91), "ɔɪ": (.6, .2, .5, 0, 0, .1, .9),
-    "aʊ": (.61, .15, .35, 0, 0, .05, .69), "oʊ": (.45, 0, .8, 0, 0, 0, .91), "p": (.05, .3, 0, 1, 0, 0, 1.3),
-    "b": (.05, .3, 0, 1, 0, 0, 1.3), "m": (.05, .3, 0, 1, 0, 0, 1.3), "f": (.12, .3, 0, 0, 1, 0, 1.06),
-    "v": (.14, .3, 0, 0, 1, 0, 1.01), "θ": (.11, .35, 0, 0, 0, 1, .89), "ð": (.14, .35, 0, 0, 0, 1, .73),
-    "t": (.26, .45, 0, 0, 0, .6, .33), "d": (.24, .4, 0, 0, 0, .6, .35), "n": (.25, .4, 0, 0, 0, .6, .29),
-    "s": (.2, .6, 0, 0, 0, .3, .64), "z": (.15, .55, 0, 0, 0, .3, .62), "l": (.37, .4, 0, 0, 0, .8, .46),
-    "ɹ": (.14, .05, .6, 0, 0, .3, .66), "ʃ": (.2, .05, .65, 0, 0, .2, .8), "ʒ": (.2, .05, .6, 0, 0, .2, .7),
-    "t͡ʃ": (.26, .1, .6, 0, 0, .4, .76), "d͡ʒ": (.27, .1, .55, 0, 0, .4, .68),
-    "k": (.39, .35, 0, 0, 0, .1, .32), "ɡ": (.29, .35, 0, 0, 0, .1, .34), "ŋ": (.35, .35, 0, 0, 0, .1, .3),
-    "h": (.43, .3, 0, 0, 0, 0, .15), "w": (.14, 0, 1, 0, 0, 0, .86), "j": (.27, .8, 0, 0, 0, .3, .51)}
+    "aʊ": (.61, .15, .35, 0, 0, .05, .69), "oʊ": (.45, 0, .8, 0, 0, 0, .91), "p": (.05, .3, 0, 1, 0, 0, 1.3), "b": (.05, .3, 0, 1, 0, 0, 1.3),
+    "m": (.05, .3, 0, 1, 0, 0, 1.3), "f": (.12, .3, 0, 0, 1, 0, 1.06), "v": (.14, .3, 0, 0, 1, 0, 1.01), "θ": (.11, .35, 0, 0, 0, 1, .89),
+    "ð": (.14, .35, 0, 0, 0, 1, .73), "t": (.26, .45, 0, 0, 0, .6, .33), "d": (.24, .4, 0, 0, 0, .6, .35), "n": (.25, .4, 0, 0, 0, .6, .29),
+    "s": (.2, .6, 0, 0, 0, .3, .64), "z": (.15, .55, 0, 0, 0, .3, .62), "l": (.37, .4, 0, 0, 0, .8, .46), "ɹ": (.14, .05, .6, 0, 0, .3, .66),
+    "ʃ": (.2, .05, .65, 0, 0, .2, .8), "ʒ": (.2, .05, .6, 0, 0, .2, .7), "t͡ʃ": (.26, .1, .6, 0, 0, .4, .76), "d͡ʒ": (.27, .1, .55, 0, 0, .4, .68),
+    "k": (.39, .35, 0, 0, 0, .1, .32), "ɡ": (.29, .35, 0, 0, 0, .1, .34), "ŋ": (.35, .35, 0, 0, 0, .1, .3), "h": (.43, .3, 0, 0, 0, 0, .15),
+    "w": (.14, 0, 1, 0, 0, 0, .86), "j": (.27, .8, 0, 0, 0, .3, .51)}
 GLIDES = {"eɪ": "ɪ", "aɪ": "ɪ", "ɔɪ": "ɪ", "aʊ": "ʊ", "oʊ": "ʊ"}        # the second half of a diphthong
 
 
 # ------------------------------------------------------------------------------------------------------ mouth
-
 def mouth_curves(phones, frames, blur=0.03):
     """Coarticulation: a phone pulls with its weight and a Gaussian tail of `blur` s at both ends.
-
     phones: [(start s, end s, label)]; returns (frames, 6) in [0, 1], columns KEYS, at times (i + 0.5) / 25.
     p, b, m get a real closure on top: 1 within the sound and at the frame nearest its middle, gone in 60 ms.
     Raises ValueError for a label that is not in PHONES."""
@@ -99,7 +96,6 @@ def coefficients(m, x, articulation=1.0):
 
 
 # ------------------------------------------------------------------------------------------------------- life
-
 def smooth_noise(rng, frames, seconds):
     """Noise of unit variance, smoothed by a Gaussian of `seconds` standard deviation. Returns (frames,)."""
     half = int(4 * seconds * FPS)
@@ -120,17 +116,14 @@ def blink_curve(rng, frames):
 
 def life(rng, frames, energy, yaw=0.0):
     """Head, eyes and brows: smooth random motion that rises a little with speech energy (frames,) in [0, 1].
-
     Returns a dict of (frames,): yaw pitch roll (rad), lid (0-1), tx ty brow gaze_x gaze_y (eye distances).
     `yaw` (rad): how far the portrait itself is turned; heads prefer to turn back to the camera."""
     size, more, nod = rng.uniform(.7, 1.3), .75 + .5 * energy, .03 * (energy - energy.mean())
-
     def motion(amount, slow, fast, limit, bias=0.0):
         noise = smooth_noise(rng, frames, slow) + .35 * smooth_noise(rng, frames, fast)
         return np.clip(size * amount * more * noise + bias, -limit, limit)
     x = dict(yaw=motion(.085, .8, .25, .30, -.35 * yaw), pitch=motion(.05, .7, .2, .17, nod),
-             roll=motion(.04, .9, .3, .10), tx=motion(.035, 1., .3, .08), ty=motion(.025, 1., .3, .06),
-             lid=blink_curve(rng, frames))
+             roll=motion(.04, .9, .3, .10), tx=motion(.035, 1., .3, .08), ty=motion(.025, 1., .3, .06), lid=blink_curve(rng, frames))
     x["brow"] = .05 * np.clip(.5 * smooth_noise(rng, frames, .35) + .6 * (energy - .4), -.6, 1.2)
     jump = np.cumsum(rng.random(frames) < 1 / (1.2 * FPS))  # a saccade every 1.2 s, 2 of 3 to the centre
     far = np.where(rng.random((frames, 1)) < .65, .15, .7)
@@ -140,22 +133,25 @@ def life(rng, frames, energy, yaw=0.0):
 
 
 # ------------------------------------------------------------------------------------------------------ faces
-
 def read_portraits(folder):
     """Usable portraits: lips closed, eyes open, heads not turned far. Dicts: path, name, lm, yaw, pitch, sex.
-
     Raises FileNotFoundError without portraits.npz, ValueError if nothing in it is usable."""
     table = next((d / "portraits.npz" for d in (folder, folder.parent) if (d / "portraits.npz").is_file()), 0)
     if not table:
         raise FileNotFoundError(f"no portraits.npz in {folder} or beside it")
-    with np.load(table, allow_pickle=False) as f:
-        d = {k: f[k] for k in ("name", "lm", "gap", "yaw", "pitch", "eye_open", "sex_est") if k in f}
+    try:
+        with np.load(table, allow_pickle=False) as f:
+            d = {k: f[k] for k in ("name", "lm", "gap", "yaw", "pitch", "eye_open")}
+            d["sex"] = f["sex_est"] if "sex_est" in f else np.full(len(d["gap"]), "")
+    except (ValueError, KeyError, EOFError, BadZipFile, zlib.error) as e:
+        raise ValueError(f"{table} is broken or no table of portraits: {e}") from None
     keep = (d["gap"] < .035) & (np.abs(d["yaw"]) < 18) & (np.abs(d["pitch"]) < 18) & (d["eye_open"] > .20)
-    sex = d.get("sex_est", np.full(len(keep), ""))          # morphs look better within one; "" = unknown
     path = lambda i: folder / str(d["name"][i])
-    found = [dict(path=path(i), name=path(i).stem, lm=d["lm"][i].astype(float), yaw=float(d["yaw"][i]),
-                  pitch=float(d["pitch"][i]), sex=str(sex[i]))
-             for i in np.flatnonzero(keep) if path(i).is_file()]
+    some = [dict(path=path(i), name=path(i).stem, lm=d["lm"][i].astype(float), yaw=float(d["yaw"][i]),
+                 pitch=float(d["pitch"][i]), sex=str(d["sex"][i]))
+            for i in np.flatnonzero(keep) if path(i).is_file()]
+    found = [face for face in some if fits(*load_face(face))]
+    print(f"portraits: {len(found)} ({len(some) - len(found)} left out: no clear mouth line, or brows on the lids)")
     if not found:
         raise ValueError(f"no usable portrait in {folder}: lips must be closed (gap < 0.035) and eyes open")
     return found
@@ -169,6 +165,14 @@ def load_face(face):
         return np.asarray(image.convert("RGB")), face["lm"]
 
 
+def fits(image, points):
+    """Whether the mouth line and the lids of a face are clear enough to be moved."""
+    try:
+        return bool(Puppet(image, points, 64, check=True))
+    except ValueError:
+        return False
+
+
 def spline_warp(image, dst, src):
     """Warp image (H, H, 3) float32 so that points src (k, 2) go to dst (k, 2): a thin-plate spline."""
     side, k = len(image), len(dst)
@@ -176,7 +180,7 @@ def spline_warp(image, dst, src):
     r2 = lambda a, b: ((a[:, None] - b) ** 2).sum(-1)
     bend = lambda a: r2(a, dst) * np.log(r2(a, dst) + 1e-9)
     plane = lambda a: np.concatenate([np.ones((len(a), 1)), a], 1)
-    system = np.block([[bend(dst) + 1e-3 * np.eye(k), plane(dst)], [plane(dst).T, np.zeros((3, 3))]])
+    system = np.block([[bend(dst) + 1e-2 * np.eye(k), plane(dst)], [plane(dst).T, np.zeros((3, 3))]])
     weights = np.linalg.solve(system, np.concatenate([src, np.zeros((3, 2))]))
     v = (np.arange(64) + .5) / 32 - 1
     at = np.stack(np.meshgrid(v, v), -1).reshape(-1, 2)
@@ -188,7 +192,6 @@ def spline_warp(image, dst, src):
 
 def morph(a, b, weight):
     """The face (1 - weight) A + weight B on the head of A. a, b, result: image (H, H, 3), points (468, 3).
-
     Both pictures are warped to the mixed mesh, B takes A's skin colour, they are blended in the face oval."""
     (ia, pa), (ib, pb) = a, b
     side, z = len(ia), lambda p: p[:, 0] + 1j * p[:, 1]
@@ -202,8 +205,9 @@ def morph(a, b, weight):
     dst = np.concatenate([mixed[:, :2], rim])
     wa = spline_warp(np.float32(ia), dst, np.concatenate([pa[:, :2], rim]))
     wb = spline_warp(np.float32(ib), dst, np.concatenate([pb[:, :2], xy((z(rim) - al) / turn + bl)]))
-    mask, centre = Image.new("L", (side, side)), mixed[OVAL, :2].mean(0)
-    ImageDraw.Draw(mask).polygon([tuple(v) for v in centre + .93 * (mixed[OVAL, :2] - centre)], fill=255)
+    mask, oval, brow = Image.new("L", (side, side)), mixed[OVAL, :2], mixed[BROWS[0][0] + BROWS[1][0], 1].min()
+    shrink = np.where(oval[:, 1:] < brow, .8, .93)          # B's fringe stays out
+    ImageDraw.Draw(mask).polygon([tuple(v) for v in oval.mean(0) + shrink * (oval - oval.mean(0))], fill=255)
     inside = np.asarray(mask) > 0
     sa, sb = wa[inside], wb[inside]
     wb = (wb - sb.mean(0)) * np.clip(sa.std(0) / (sb.std(0) + 1e-3), .6, 1.6) + sa.mean(0)
@@ -234,11 +238,13 @@ def jitter(rng, image, points):
 
 
 # ----------------------------------------------------------------------------------------------------- voices
-
 def read_phones(path):
     """Phone file (start s, end s, label, ...; tab-separated, no header) -> [(start, end, label)]."""
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [(float(r[0]), float(r[1]), r[2]) for r in rows]
+    try:
+        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [(float(r[0]), float(r[1]), r[2]) for r in rows]
+    except (ValueError, IndexError):
+        raise ValueError(f"{path}: a row is start s, end s, label, with tabs between") from None
 
 
 def read_speech(folder):
@@ -255,7 +261,6 @@ def read_speech(folder):
 
 def assemble_speech(rng, recordings, frames):
     """One speaker's recordings from some pause on, one after another with short pauses, `frames` long.
-
     Returns audio (frames * 640,) float32, phones, and the pieces [(file, start in it, place in the clip)], s.
     Raises ValueError for a recording that is not 16 kHz mono."""
     audio, phones, pieces, at = np.zeros(frames * RATE // FPS, np.float32), [], [], 0  # at: samples so far
@@ -263,8 +268,8 @@ def assemble_speech(rng, recordings, frames):
     while at < len(audio):
         flac, tsv = recordings[order[len(pieces) % len(order)]]
         wave, rate = soundfile.read(flac, dtype="float32")
-        if rate != RATE or wave.ndim != 1:
-            raise ValueError(f"{flac} is not 16 kHz mono")
+        if rate != RATE or wave.ndim != 1 or not len(wave):
+            raise ValueError(f"{flac} is empty or not 16 kHz mono")
         said, long = read_phones(tsv), len(wave) / RATE
         pauses = [(s + e) / 2 for s, e, p in said if p == "sil" and e - s > .1 and e < long - 2]
         start = 0.0 if pieces else round(float(rng.choice([0.0, *pauses])), 2)
@@ -290,7 +295,6 @@ def loudness(audio, frames):
 
 
 # ------------------------------------------------------------------------------------------------------ clips
-
 def write_mp4(path, frames, audio):
     """frames (N, S, S, 3) uint8, audio (N * 640,) float32 -> H.264 + AAC. One thread: same bytes."""
     with av.open(str(path), "w", format="mp4") as out:
@@ -313,7 +317,10 @@ def make_clip(job):
     torch.set_num_threads(1)
     rng, frames, size = np.random.default_rng([job["seed"], job["index"], 1]), job["frames"], job["size"]
     faces = [load_face(f) for f in job["faces"]]
-    image, points = jitter(rng, *(morph(*faces, job["weight"]) if len(faces) == 2 else faces[0]))
+    face, weight = morph(*faces, job["weight"]) if len(faces) == 2 else faces[0], job["weight"]
+    if weight and not fits(*face):                          # a morph whose mouth line is lost: A alone
+        face, weight = faces[0], 0.0
+    image, points = jittered if fits(*(jittered := jitter(rng, *face))) else face
     audio, phones, pieces = assemble_speech(rng, job["recordings"], frames)
     m, puppet = mouth_curves(phones, frames), Puppet(image, points, size)
     x = life(rng, frames, loudness(audio, frames), job["yaw"])
@@ -324,7 +331,7 @@ def make_clip(job):
     if job["mirror"]:
         video, mask, pose = video[:, :, ::-1], mask[:, :, ::-1], pose * [-1, 1, -1, -1, 1]
         x0, x1 = size - x1, size - x0
-    portraits = [[f["name"], w] for f, w in zip(job["faces"], (round(1 - job["weight"], 2), job["weight"]))]
+    portraits = [[f["name"], w] for f, w in zip(job["faces"], (round(1 - weight, 2), weight))]
     meta = {k: job[k] for k in PLANNED} | dict(
         mirror=job["mirror"], fps=FPS, recording=pieces[0][0], start=pieces[0][1], portraits=portraits,
         mouth=KEYS, pieces=pieces, phones=[(round(s, 3), round(e, 3), p) for s, e, p in phones])
@@ -334,6 +341,7 @@ def make_clip(job):
     np.savez_compressed(base + ".part.npz", mask=mask, **arrays)
     Path(base + ".part.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
     write_mp4(base + ".part.mp4", video, audio)
+    Path(base + ".mp4").unlink(missing_ok=True)             # an old video never stands under new labels
     for end in (".npz", ".json", ".mp4"):                   # the mp4 last: a clip that has one is complete
         os.replace(base + ".part" + end, base + end)
 
@@ -342,27 +350,29 @@ def is_made(base, job):
     """Whether the clip at base (a path without its ending) is complete and is the one that job asks for."""
     if not all(base.with_suffix(end).is_file() for end in (".mp4", ".json", ".npz")):
         return False
-    meta = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
-    return all(meta.get(k) == job[k] for k in PLANNED)
+    try:
+        meta = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
+        return all(meta.get(k) == job[k] for k in PLANNED)
+    except (ValueError, AttributeError):
+        raise ValueError(f"{base}.json does not describe a clip: remove it") from None
 
 
 def plan(args, faces, speakers):
-    """Decide every clip from the seed alone, whatever the number of workers. Returns (jobs, split).
-
-    About 8 % of the clips are validation: their faces and speakers are in no other clip. Half are morphs."""
+    """Decide clip k from the seed and k alone: more clips leave the first as they are. Returns (jobs, split).
+    Every 12th is validation, with faces and speakers of its own. Half (of faces turned < 8 degrees) are morphs."""
     rng = np.random.default_rng(args.seed)
     mixed = lambda items: [items[i] for i in rng.permutation(len(items))]
-    faces, voices, order = mixed(faces), mixed(sorted(speakers)), rng.permutation(args.clips)
+    faces, voices = mixed(faces), mixed(sorted(speakers))
     cut = lambda items: max(1, round(.08 * len(items))) if len(items) > 1 else 0  # how many are held out
-    val = set(order[:round(.08 * args.clips)].tolist()) if cut(faces) and cut(voices) else set()
     jobs, split = [], {"train": [], "val": []}
     for k in range(args.clips):
-        part = "val" if k in val else "train"
+        part = "val" if k % 12 == 5 and cut(faces) and cut(voices) else "train"
         pool, said = (x[:cut(x)] if part == "val" else x[cut(x):] for x in (faces, voices))
         n, r = len(split[part]), np.random.default_rng([args.seed, k, 0])
         a = pool[n % len(pool)]
         far = lambda b, a=a: sum(abs(a[k] - b[k]) for k in ("yaw", "pitch")) + 30 * (a["sex"] != b["sex"])
-        others = [pool[i] for i in r.permutation(len(pool))[:8] if pool[i] is not a]
+        ahead = lambda b, a=a: b is not a and max(abs(a["yaw"]), abs(b["yaw"])) < 8
+        others = [pool[i] for i in r.permutation(len(pool)) if ahead(pool[i])][:8]
         chosen, weight = [a], 0.0
         if others and r.random() < .5:
             chosen, weight = [a, min(others, key=far)], round(r.uniform(.3, .8), 2)
@@ -383,9 +393,7 @@ def report(out, jobs):
         with np.load(out / f"{job['name']}.npz", allow_pickle=False) as f:
             got.append([f[k] for k in keys])
     pose, blink, gap = (np.concatenate(v) for v in zip(*got))
-
-    def spread(v, form):
-        return ", ".join(f"{p} % {np.percentile(v, p):{form}}" for p in (5, 25, 50, 75, 95))
+    spread = lambda v, form: ", ".join(f"{p} % {np.percentile(v, p):{form}}" for p in (5, 25, 50, 75, 95))
     for i, name in enumerate(("yaw", "pitch", "roll")):
         print(f"{name}_degrees: {spread(np.rad2deg(pose[:, i]), '.1f')}")
     print(f"shift_eye_distances: {spread(np.hypot(pose[:, 3], pose[:, 4]), '.3f')}")
@@ -398,12 +406,9 @@ def report(out, jobs):
 def run(args):
     """Plan, make what is missing, report. Raises OSError or ValueError for bad input."""
     speakers = read_speech(args.speech)
-    if args.portraits == "drawn":
-        faces = [dict(path=None, seed=[args.seed, i], name=f"drawn{args.seed}_{i}", yaw=0., pitch=0., sex="")
-                 for i in range(max(25, args.clips))]
-    else:
-        faces = read_portraits(Path(args.portraits))
-    jobs, split = plan(args, faces, speakers)
+    drawn = lambda i: dict(path=None, seed=[args.seed, i], name=f"drawn{args.seed}_{i}", yaw=0., pitch=0., sex="")
+    faces = map(drawn, range(DRAWN)) if args.portraits == "drawn" else read_portraits(Path(args.portraits))
+    jobs, split = plan(args, list(faces), speakers)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "split.json.part").write_text(json.dumps(split), encoding="utf-8")
     os.replace(args.out / "split.json.part", args.out / "split.json")
@@ -422,11 +427,9 @@ def run(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--portraits", default="drawn", help="folder of portraits, or `drawn`")
-    parser.add_argument("--speech", type=Path, default=Path(__file__).resolve().parent / "assets" / "speech",
-                        help="folder of *.flac with phone times")
+    parser.add_argument("--speech", type=Path, default=Path(__file__).resolve().parent / "assets" / "speech", help="folder of *.flac, phones")
     parser.add_argument("--out", required=True, type=Path, help="folder for the clips")
     parser.add_argument("--clips", type=int, default=100, help="number of clips")
     parser.add_argument("--seconds", type=float, default=15.36, help="length of a clip; 15 s hold 5 chunks")
@@ -434,11 +437,11 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="decides everything")
     parser.add_argument("--workers", type=int, default=1, help="processes; the clips do not depend on it")
     args = parser.parse_args(argv)
-    if args.clips < 1 or args.seconds < 1 or args.size < 32 or args.size % 8 or args.workers < 1:
-        parser.error("need --clips >= 1, --seconds >= 1, --size a multiple of 8 from 32 on, --workers >= 1")
+    if min(args.clips, args.workers) < 1 or args.seed < 0 or not 1 <= args.seconds <= 3600 or args.size < 32 or args.size % 8:
+        parser.error("need --clips, --workers >= 1, --seconds 1-3600, --seed >= 0, --size 32, 40, 48, ...")
     try:
         run(args)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, soundfile.SoundFileError) as e:
         print(f"puppet.py: {e}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -128,12 +128,13 @@ def load_checkpoint(path, vae, ema, opt):
 
 def export(folder, vae, ema, clips):
     """Measure mean and std of the latents, then write vae.safetensors (float16) and the "vae" part of config.json."""
-    vae.load_state_dict(ema)
+    averaged = WanVAE(vae.config).eval()                                        # (a compiled network would compile again for these shapes)
+    averaged.load_state_dict(ema)
     total, square, n = 0, 0, 0
     with torch.no_grad():
         for clip in clips[:: max(1, len(clips) // 64)]:
             T = min(17, (len(clip.frames) - 1) // 4 * 4 + 1)
-            mu = vae.posterior(pixels(clip.frames[:T]))[0].double()
+            mu = averaged.posterior(pixels(clip.frames[:T]))[0].double()
             total, square, n = total + mu.sum((0, 2, 3, 4)), square + mu.square().sum((0, 2, 3, 4)), n + mu[:, 0].numel()
     mean = total / n
     std = (square / n - mean ** 2).sqrt()

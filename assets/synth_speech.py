@@ -138,7 +138,12 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=4.2, help="length of a recording")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    write_speech(args.speech, args.recordings, args.seed, args.seconds)
+    if args.recordings < 1 or args.seed < 0 or not 1 <= args.seconds <= 3600:
+        parser.error("need --recordings >= 1, --seed >= 0, --seconds 1-3600")
+    try:
+        write_speech(args.speech, args.recordings, args.seed, args.seconds)
+    except (OSError, soundfile.SoundFileError) as e:
+        parser.error(str(e))
 
 
 if __name__ == "__main__":

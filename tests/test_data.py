@@ -1,5 +1,6 @@
 """Laws of data.py: what a folder of videos becomes before a network sees it. The videos are made here."""
 import csv
+import dataclasses
 import json
 import os
 import struct
@@ -205,6 +206,19 @@ def test_bad_files_are_rows_and_never_a_crash(tmp_path):
     assert "silent" in [clip.name for clip in data.ClipFolder(tmp_path, 32, "all", need_audio=False).clips]
 
 
+def test_sound_begins_with_the_picture_that_is_read(tmp_path):
+    """Of two video streams the best is read, the sound is cut at the first picture of that one, not of the other."""
+    late = flash_and_click(tmp_path / "late.mkv", np.arange(50) / 25 + 0.4, 0.4 + 1.13, times=np.arange(50) / 25 + 0.4)
+    cover = write_clip(tmp_path / "cover.mkv", np.full((1, 48, 64, 3), 99, np.uint8))
+    with (av.open(str(tmp_path / "both.mkv"), "w") as file, av.open(str(cover)) as one, av.open(str(late)) as two):
+        to = {stream: file.add_stream_from_template(stream) for stream in (*one.streams, *two.streams)}
+        for packet in (packet for source in (one, two) for packet in source.demux() if packet.dts is not None):
+            packet.stream = to[packet.stream]
+            file.mux(packet)
+    frames, audio, _ = data.decode(tmp_path / "both.mkv", 16)
+    assert len(frames) == 50 and abs(np.flatnonzero(np.abs(audio) > 8000)[0] / HOP - 25 * 1.13) < 0.1
+
+
 # --- a folder ---
 
 def test_an_edited_file_is_decoded_again_and_others_are_not(tmp_path):
@@ -228,7 +242,7 @@ def test_two_processes_may_fill_one_cache(folder, tmp_path):
     def read(workers):
         return data.ClipFolder(folder, 32, "all", tmp_path, workers=workers).clips
     with ThreadPoolExecutor(8) as pool:
-        all_clips = list(pool.map(read, [0, 1, 2, 4] * 2))
+        all_clips = list(pool.map(read, [1, 2, 3, 4] * 2))
     assert all(clips == all_clips[0] for clips in all_clips)
     assert len(list(tmp_path.iterdir())) == len(all_clips[0]) == 5
 
@@ -253,7 +267,11 @@ def test_pictures_are_clips_of_one_frame(folder):
     """The VAE can train on still faces; a chunk is never cut from one."""
     still = next(clip for clip in data.ClipFolder(folder, 32, "all").clips if clip.name == "portrait")
     assert still.frames.shape == (1, 32, 32, 3) and len(still.audio) == 0 and still.mask.shape == (1, 8, 8)
-    assert "portrait" not in {clip.name for clip in chunks_of(folder).clips}
+    chunks = chunks_of(folder)
+    assert "portrait" not in {clip.name for clip in chunks.clips}
+    assert chunks.skipped == [("portrait", "1 frames of 17"), ("short", "12 frames of 17")]
+    silent = dataclasses.replace(chunks.clips[0], store=still.store)         # long enough, but no sound
+    assert data.TalkingChunks([silent, chunks.clips[1]], 17, 5).skipped == [("a ü", "no audio")]
 
 
 # --- chunks ---
@@ -423,16 +441,87 @@ def test_faces_and_lips_are_judged_by_whom_you_bring(tmp_path, monkeypatch):
     assert np.allclose([box[1], box[3], box[[0, 2]].mean()], [0.15, 0.85, 0.5], atol=0.04)
     clip = data.ClipFolder(tmp_path / "out", 32, "all").clips[0]
     assert clip.mask[0, 4, 4] == 255 and clip.mask[0, 4, 0] == clip.mask[0, 0, 4] == 0
-    assert data.prepare(tmp_path / "raw", tmp_path / "out", syncnet, size=64)[0]["reason"] == "sync_c 1 < 3"
+    assert data.prepare(tmp_path / "raw", tmp_path / "new", syncnet, size=64)[0]["reason"] == "sync_c 1 < 3"
     with pytest.raises(ValueError, match="sync_e"):
-        data.prepare(tmp_path / "raw", tmp_path / "out", sync_e=3)
+        data.prepare(tmp_path / "raw", tmp_path / "new", sync_e=3)
 
 
-def test_a_wrong_call_is_one_line_and_exit_code_2(tmp_path, capsys):
+def test_a_good_copy_outlives_a_bad_first_file(tmp_path, monkeypatch):
+    """Eq. 19 keeps the first GOOD one of a video's copies; a name alone makes no copy: of a.mov and a.mp4 with
+    other pictures both stay, under two names; a common "source" in the sidecars makes one."""
+    monkeypatch.setattr(data, "face_detector", lambda: None)
+    pictures, sound = talking(90, seed=1)
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write_clip(raw / "1 quiet.mp4", pictures, sound=sound * 0.001)
+    write_clip(raw / "2 good.mp4", pictures, sound=sound)
+    write_clip(raw / "3 copy.mp4", pictures, sound=sound)
+    for seed, name in enumerate(("a.mov", "a.mp4", "x.mp4", "y.mp4", "z.mp4"), 2):
+        write_clip(raw / name, talking(90, seed=seed)[0], sound=sound)
+    for name, text in (("x", '{"source": 7}'), ("y", '{"source": 7}'), ("z", '{"source": null}'),
+                       ("2 good", '{"source": null}')):
+        (raw / f"{name}.json").write_text(text, encoding="utf-8")
+    rows = {row["clip"]: row["reason"] for row in data.prepare(raw, tmp_path / "out", size=64)}
+    assert "loudness" in rows.pop("1 quiet_000")
+    assert rows == {"2 good_000": "", "3 copy_000": "duplicate of 2 good.mp4", "a.mov_000": "", "a.mp4_000": "",
+                    "x_000": "", "y_000": "duplicate of x.mp4", "z_000": ""}
+    clips = data.ClipFolder(tmp_path / "out", 32, "all").clips
+    assert [clip.name for clip in clips] == ["2 good_000", "a.mov_000", "a.mp4_000", "x_000", "z_000"]
+    assert [clip.identity for clip in clips][1:3] == ["a", "a"]
+
+
+def test_prepare_never_mixes_two_runs(tmp_path, capsys):
+    """A folder that holds clips, the raw one among them, is refused before anything is written; one in which
+    no clip was kept may be used again."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    for path in (raw, out):
+        path.mkdir()
+    clip = write_clip(raw / "a.mp4", talking(10)[0], sound=talking(10)[1])
+    for dst in (raw, raw / ".." / "raw"):
+        with pytest.raises(SystemExit) as end:
+            data.main(["prepare", str(raw), str(dst)])
+        assert end.value.code == 2 and "holds clips already" in capsys.readouterr().err
+    assert list(raw.iterdir()) == [clip]
+    assert [row["reason"] != "" for row in data.prepare(raw, out, size=64) + data.prepare(raw, out, size=64)] == [True] * 2
+    for left in ("old_000.mp4", "old_000.npz"):
+        (out / left).write_bytes(b"")
+        with pytest.raises(ValueError, match="holds clips already"):
+            data.prepare(raw, out, size=64)
+        (out / left).unlink()
+
+
+@pytest.mark.parametrize("name, text", [
+    ("json", "[1, 2]"), ("json", '{"train": 5}'), ("json", '{"train": "abc"}'), ("json", '{"train": [["a"]]}'),
+    ("json", "{"), ("json", "3"), ("tsv", "name\tpart\na\ttrain\n"), ("tsv", "clip,split\na,val\n")])
+def test_a_split_table_of_another_form_is_named(tmp_path, capsys, name, text):
+    """A wrong split.json or split.tsv is one line with its name and the form it must have."""
+    (tmp_path / f"split.{name}").write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit) as end:
+        data.main(["cache", str(tmp_path)])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(said) == 1 and f"split.{name} needs " in said[0]
+
+
+def test_a_wrong_call_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
     """Bad input never ends in a traceback."""
-    here, none = str(tmp_path), str(tmp_path / "nowhere")
-    for argv in (["cache", none], ["cache", here], ["prepare", none, here], ["cache", here, "--size", "33"]):
+    here, none, new = str(tmp_path), str(tmp_path / "nowhere"), str(tmp_path / "new")
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))         # evaluate.py is not beside it
+    for argv, word in ((["cache", none], "nowhere"), (["cache", here, "--size", "33"], "size"),
+                       (["cache", here, "--size", "0"], "size"), (["cache", here, "--size", "-8"], "size"),
+                       (["cache", here, "--workers", "0"], "workers 0 1 or more"), (["prepare", none, here], "nowhere"),
+                       (["prepare", here, new], "no video in"), (["prepare", here, new, "--size", "0"], "size"),
+                       (["prepare", here, new, "--size", "-8"], "size"),
+                       (["prepare", here, new, "--longest", "0"], "longest"),
+                       (["prepare", here, new, "--longest", "inf"], "longest"),
+                       (["prepare", here, new, "--syncnet", "x"], "needs evaluate.py")):
         with pytest.raises(SystemExit) as end:
             data.main(argv)
-        assert end.value.code == 2
-        assert capsys.readouterr().err.strip().splitlines()[-1].startswith("data.py: ")
+        said = capsys.readouterr().err.strip().splitlines()
+        assert end.value.code == 2 and len(said) == 1 and said[0].startswith("data.py: ") and word in said[0], argv
+    (tmp_path / "picture.png").unlink()
+    for argv in (["cache", here], ["prepare", here, new]):
+        with pytest.raises(SystemExit) as end:
+            data.main(argv)
+        assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("data.py: ")
+    assert not (tmp_path / "new").exists()

@@ -232,3 +232,142 @@ def test_bad_input_is_one_clear_line(tmp_path, capsys):
         assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
     with pytest.raises(ValueError, match="468"):
         drawn.Puppet(np.zeros((8, 8, 3), np.uint8), np.zeros((4, 3)), 64)
+
+
+def test_more_clips_leave_the_first_ones_as_they_are():
+    """Clip k follows from the seed and k alone, so --clips can grow and a second run makes only the rest."""
+    faces = [dict(path=None, seed=i, name=f"f{i}", yaw=i % 20 - 10., pitch=0., sex="") for i in range(60)]
+    plans = [puppet.plan(Namespace(seed=0, clips=n, seconds=2, size=64, out=Path()), faces,
+                         {f"s{i}": [] for i in range(30)}) for n in (50, 100)]
+    assert plans[0][0] == plans[1][0][:50]
+    assert set(plans[0][1]["val"]) == {f"puppet_{k:05d}" for k in range(5, 50, 12)} < set(plans[1][1]["val"])
+    morphs = [j["faces"] for j in plans[1][0] if j["weight"]]
+    assert len(morphs) > 15 and max(abs(f["yaw"]) for pair in morphs for f in pair) < 8
+
+
+def test_a_killed_run_leaves_no_old_video_under_new_labels(tmp_path, monkeypatch):
+    """When a clip replaces another plan's, the old mp4 goes first; whatever stops the run, no mix is left."""
+    common = ["--portraits", "drawn", "--seconds", "1", "--size", "32", "--clips", "1", "--out", str(tmp_path)]
+    puppet.main(common)
+    replace = puppet.os.replace
+    def killed(a, b):
+        if str(b).endswith("00.npz"):
+            raise OSError("killed")
+        replace(a, b)
+    monkeypatch.setattr(puppet.os, "replace", killed)
+    with pytest.raises(SystemExit):
+        puppet.main([*common, "--seed", "1"])
+    assert not (tmp_path / "puppet_00000.mp4").exists()
+
+
+@pytest.mark.parametrize("seed, start", [(2, 0.0), (0, 0.9)])
+def test_the_phones_of_a_clip_are_where_its_sound_is(tmp_path, seed, start):
+    """A click in the middle of a known phone stays in it: from a pause on, and in the second piece too."""
+    recordings = []
+    for n in range(2):
+        wave = np.zeros(16000 * 4, np.float32)
+        wave[int(16000 * 2.55)] = .9
+        puppet.soundfile.write(tmp_path / f"a-{n}.flac", wave, 16000)
+        (tmp_path / f"a-{n}.tsv").write_text("0\t.5\tɑ\n.5\t1.3\tsil\n1.3\t2.5\ti\n2.5\t2.6\tp\n2.6\t4\tsil\n",
+                                             encoding="utf-8")
+        recordings.append((tmp_path / f"a-{n}.flac", tmp_path / f"a-{n}.tsv"))
+    rng = np.random.default_rng(seed)
+    audio, phones, pieces = puppet.assemble_speech(rng, recordings, 220)
+    clicks = np.flatnonzero(np.abs(audio) > .5 * np.abs(audio).max()) / 16000
+    said = [(s, e) for s, e, label in phones if label == "p"]
+    assert len(clicks) == len(said) == 2 == len({name for name, *_ in pieces[:2]})
+    assert [p[1] for p in pieces[:2]] == [start, 0]
+    np.testing.assert_allclose(clicks, np.mean(said, 1), atol=.001)
+    np.testing.assert_allclose(clicks[0], 2.55 - start, atol=.001)
+    assert phones[0][0] == 0 and all(b[0] >= a[0] for a, b in zip(phones, phones[1:])) and phones[-1][1] <= 8.8
+
+
+def test_mirrored_clips_mirror_everything(tmp_path, monkeypatch):
+    """Video, mask, box and pose of a mirrored clip are the reflection of the same clip unmirrored."""
+    faces = [dict(path=None, seed=[0, 3], name="f", yaw=0., pitch=0., sex="")]
+    speech = puppet.read_speech(SPEECH)
+    args = Namespace(seed=0, clips=1, seconds=1, size=64, out=tmp_path)
+    (job,), _ = puppet.plan(args, faces, speech)
+    video, d = [], []
+    monkeypatch.setattr(puppet, "write_mp4", lambda path, frames, audio: (video.append(frames), Path(path).touch()))
+    for mirror in (False, True):
+        puppet.make_clip(job | dict(mirror=mirror))
+        with np.load(tmp_path / "puppet_00000.npz", allow_pickle=False) as f:
+            d.append(dict(f))
+    assert (video[1] == video[0][:, :, ::-1]).all() and (video[1] != video[0]).any()
+    assert (d[1]["mask"] == d[0]["mask"][:, :, ::-1]).all() and (d[1]["mask"] != d[0]["mask"]).any()
+    np.testing.assert_allclose(d[1]["pose"], d[0]["pose"] * [-1, 1, -1, -1, 1], atol=1e-6)
+    np.testing.assert_allclose(d[1]["box"][[0, 2]], 64 - d[0]["box"][[2, 0]], atol=1e-4)
+
+
+def test_f_and_v_bite(face):
+    """f: the lower lip rises to the upper teeth, which show as a light band between the lips."""
+    doll, frames, _, gap = frames_of(face, 128, jaw_open=[0, .12], teeth=[0, 1])
+    assert .02 < gap[1] < .08
+    k = puppet.coefficients(np.float32([[.12, 0, 0, 0, 0, 0], [.12, 0, 0, 0, 1, 0]]), {})
+    assert k["lower"][1] < k["lower"][0] and k["upper"][1] > k["upper"][0]
+    x, y = ((doll.origin + np.array([doll.mx, doll.my]) @ doll.axes * doll.unit) * 128).round().astype(int)
+    mouth = frames[:, y - 3:y + 3, x - 3:x + 3].astype(float)
+    white = (mouth.min(-1) / mouth.max(-1)).max((1, 2))                # lips are red, teeth hardly coloured
+    assert white[1] > white[0] + .15, white
+
+
+def test_lips_are_drawn_shut_on_p_b_m(folder):
+    """In the finished clips the drawn gap, not only the curve, closes within a frame of every p, b, m."""
+    total = 0
+    for path in sorted(folder.glob("puppet_*.json")):
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as f:
+            gap = f["gap"]
+        t = (np.arange(len(gap)) + .5) / 25
+        for start, end, label in json.loads(path.read_text(encoding="utf-8"))["phones"]:
+            if label in ("p", "b", "m") and end < t[-1]:
+                total += 1
+                assert gap[(t > start - .04) & (t < end + .04)].min() < .01, (path.name, start, label)
+    assert total >= 3
+
+
+def test_workers_do_not_change_the_clips(folder, tmp_path):
+    """Two processes write the same bytes as one."""
+    puppet.main(["--portraits", "drawn", "--out", str(tmp_path), "--clips", "3", "--seconds", "2", "--size", "64",
+                 "--workers", "2"])
+    for k in range(3):
+        for end in ("mp4", "json"):
+            name = f"puppet_{k:05d}.{end}"
+            assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_portrait_without_a_mouth_line_is_refused(face):
+    """No dark line between the lips, or brows on the lids: such a portrait cannot be moved well."""
+    image, points = face
+    with pytest.raises(ValueError, match="dark line"):
+        drawn.Puppet(np.full_like(image, 128), points, 64)
+    low = points.copy()
+    for _, ring in drawn.BROWS:
+        low[ring, 1] += 10
+    assert puppet.fits(image, points) and not puppet.fits(image, low)
+
+
+def test_broken_files_are_named(tmp_path, capsys):
+    """Each broken input: exit code 2 and one line with the file's name."""
+    def line(*args, main=puppet.main):
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in args])
+        assert stop.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+    for name in ("speech", "faces", "out"):
+        (tmp_path / name).mkdir()
+    out = ["--out", tmp_path / "out", "--clips", 1, "--seconds", 1, "--size", 32]
+    assert "--seconds" in line(*out, "--seconds", "inf")
+    speech, flac, tsv = ["--speech", tmp_path / "speech"], *(tmp_path / "speech" / f"a-0.{e}" for e in ("flac", "tsv"))
+    flac.write_bytes(b"")
+    tsv.write_text("0\t1\tsil\n", encoding="utf-8")
+    assert "a-0.flac" in line(*out, *speech)
+    puppet.soundfile.write(flac, np.zeros(16000), 16000)
+    tsv.write_text("0\n", encoding="utf-8")
+    assert "a-0.tsv" in line(*out, *speech)
+    for content in (b"", b"PK\x03\x04 cut"):
+        (tmp_path / "faces" / "portraits.npz").write_bytes(content)
+        assert "portraits.npz" in line(*out, "--portraits", tmp_path / "faces")
+    for end, content in (("mp4", ""), ("npz", ""), ("json", "[]")):
+        (tmp_path / "out" / f"puppet_00000.{end}").write_text(content)
+    assert "puppet_00000.json" in line(*out)
