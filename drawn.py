@@ -300,7 +300,7 @@ class Puppet:
         inside = over(inside, "tongue", tongue, deep * (.75 + .25 * shadow))
         up = cover(rest + arch - y) * cover(.8 - u.abs())
         inside = over(inside, "teeth", up, .95 * shadow * deep * slits)
-        alpha = cover(y - yu) * cover(yl - y) * (gap * px / 1.5).clamp(0, 1) * (u.abs() < 1.02)
+        alpha = cover(y - yu) * cover(yl - y) * (gap * px / 1.5).clamp(0, 1) * ((.98 - u.abs()) / .2).clamp(0, 1)     # no whiskers
         rgb += alpha[:, None] * (inside - rgb)
 
 
