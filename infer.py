@@ -296,10 +296,8 @@ def run(args):
         raise ValueError(f"cannot write to {out}")
     if out.exists() and any(out.samefile(p) for p in (args.audio, args.image) if Path(p).exists()):
         raise ValueError(f"{out} is one of the inputs: choose another --out")
-    image = load_image(args.image, 128)                                         # a bad picture should not have to wait for the weights
     models = load(args.weights, args.network, args.device, args.dtype)
-    image = image if image.shape[-1] == models.size else load_image(args.image, models.size)
-    image = image.to(models.audio.device)
+    image = load_image(args.image, models.size).to(models.audio.device)
     if not models.trained:
         print(f"note: the {models.network} in {args.weights} is untrained: expect coloured fog, not a face", file=sys.stderr)
     if args.compile:

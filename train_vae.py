@@ -248,14 +248,14 @@ def ssim(a, b):
 
 
 def measure(vae, frames):
-    """One clip's frames -> dict of figures, raw latents' sums for the statistics."""
+    """One clip's frames uint8 (T, H, W, 3) -> dict of figures, its latents (1, C, F, h, w)."""
     video = pixels(frames)
     z = vae.encode(video)
     out = vae.decode(z)
-    alone = torch.cat([vae.decode(vae.encode(video[:, :, t:t + 1])) for t in range(0, video.shape[2], 8)], 2)
+    pictures = lambda times: torch.cat([vae.decode(vae.encode(video[:, :, t:t + 1])) for t in times], 2)     # each frame by itself
+    alone, per_frame = pictures(range(0, video.shape[2], 8)), pictures(range(9))
     top, bottom, left, right = (round(m * video.shape[-1]) for m in MOUTH)
     lips = (..., slice(top, bottom), slice(left, right))
-    per_frame = torch.cat([vae.decode(vae.encode(video[:, :, t:t + 1])) for t in range(9)], 2)
     flicker = lambda x, y: (x.diff(dim=2) - y.diff(dim=2)).abs().mean().item() * 127.5      # in grey levels
     row = dict(psnr=psnr(out, video), ssim=ssim(out, video), psnr_single_frame=psnr(alone, video[:, :, ::8]), psnr_mouth=psnr(out[lips], video[lips]),
                flicker=flicker(out[:, :, :9], video[:, :, :9]), flicker_frame_by_frame=flicker(per_frame, video[:, :, :9]))
