@@ -263,10 +263,13 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def decode_stream(self, latents):
-        """The same video in pieces as they come, (B, 3, 1, H, W) and then (B, 3, 4, H, W) each: O(1) memory, first frame at once."""
+        """The same video in pieces as they come, first (B, 3, 1, H, W) and then (B, 3, 16, H, W): O(1) memory, first frame at once.
+
+        Four latents a piece: one at a time costs a sixth more (every layer copies the two frames it remembers in front of the new ones)."""
         cache = {}
         z = (latents * self.stats[1] + self.stats[0]).to(self.conv2.weight.dtype)           # the decoder may be bfloat16
-        for piece in z.contiguous(memory_format=torch.channels_last_3d).split(1, 2):
+        z = z.contiguous(memory_format=torch.channels_last_3d)
+        for piece in (z[:, :, :1], *(z[:, :, 1:].split(4, 2) if z.shape[2] > 1 else ())):
             yield self.decoder(self.conv2(piece), cache).float().clamp(-1, 1)
 
 
