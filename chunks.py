@@ -1,14 +1,17 @@
-"""Clips -> encoded chunks -> rows of a batch: what both training stages read. Paper sections 3.3 and 3.4 ("Teacher"), Eq. 3 and 24.
+"""Clips -> encoded chunks -> rows of a batch: what both training stages read. Paper sections 3.3 and 3.4, Eq. 3, 24 and 29.
 
 The VAE and the audio encoder are frozen, so every chunk is encoded once, into a folder of memory-mapped float16 arrays:
     latents.npy   (K, C, F, h, w)   z = E(V) of the K chunks of a clip
     audio.npy     (K, T, L, A)      their hidden states; the window of each ends with its chunk, as in infer.py
     identity.npy  (R, C, F, h, w)   TRE (Eq. 3) of R reference pictures: the first frames of its first R - 1 chunks, and its last frame
 Frames and face masks stay where data.py has put them. A clip shorter than a chunk gives one chunk of its own length, 4k+1 frames.
+Stage 1 draws single chunks (Pools), stage 2 follows films in the making from chunk to chunk (Streams).
 
 Shapes: B batch, T pixel frames, F = 1 + (T-1)/4 latent frames, C channels, H W pixels, h w latent grid, L A audio layers and width.
 """
 import hashlib
+import json
+import os
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,6 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from data import Clip
@@ -154,3 +162,149 @@ def load_row(chunk, cfg, rng, cold, deaf, sigma):
 def collate(rows, device):
     """Rows of one length -> the same names with a batch axis; "chunk" stays a list."""
     return {k: [row[k] for row in rows] if k == "chunk" else torch.stack([row[k] for row in rows]).to(device) for k in rows[0]}
+
+
+def shorten(batch, F):
+    """The first F latents of every row of a batch, or the batch as it is if F is 0. VAE and TRE are causal: that *is* a shorter chunk.
+
+    A network call on 9 latents instead of 21 costs a quarter: attention grows with the square."""
+    F = min(F, batch["latents"].shape[2]) or batch["latents"].shape[2]
+    video = {k: batch[k][:, :, :F] for k in ("latents", "identity", "noise")}   # (B, C, F, h, w)
+    return batch | video | {"audio": batch["audio"][:, :4 * F - 3], "predicted": batch["predicted"][:, :F], "mask": batch["mask"][:, :F]}
+
+
+# ----------------------------------------------------------------------------------------------------------------- films
+
+
+def chunks_left(chunk, cfg):
+    """How many chunks of its clip, this one included, follow one another from here; each shares n frames with the one before."""
+    return 1 + (chunk.clip.length - chunk.length - chunk.start) // (cfg.frames - 4 * cfg.head + 3)
+
+
+def load_chunk(start, age, cfg):
+    """Chunk `age` of the film that begins with `start` -> latents, identity (C, F, h, w), audio (T, L, A), predicted (1, F, 1, 1), cold (1, 1, 1, 1).
+
+    The portrait is the film's first frame, that is reference picture number `start.row`; consecutive chunks lie in consecutive rows."""
+    latents, audio, identity = (torch.from_numpy(np.array(start.array(what)[row])) for what, row in
+                                (("latents", start.row + age), ("audio", start.row + age), ("identity", start.row)))
+    if cfg.identity == "etr":
+        identity = identity[:, :1].expand_as(identity)                          # Eq. 29: z_etr repeats E(I), and E(I) is z_id's first latent
+    predicted = torch.arange(latents.shape[1]) >= (cfg.head if age else 1)
+    return {"latents": latents, "identity": identity, "audio": audio, "predicted": predicted.view(1, -1, 1, 1),
+            "cold": torch.full((1, 1, 1, 1), age == 0)}
+
+
+def draw(cfg, step, row, shape, device):
+    """Row `row` of step `step` -> noise (S + 2, C, F, h, w): for the student's S steps, Eq. 11 and Eq. 14; sigma (2,) of those two, by Self-Forcing
+    in [0.02, 0.98]; exit () in 0..S-1. Shape (C, F, h, w). A function of (seed, step, row) alone."""
+    seed = np.random.SeedSequence((cfg.seed, step, row)).generate_state(1, np.uint64)[0]
+    generator = torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
+    noise = torch.randn(cfg.denoise + 2, *shape, generator=generator, device=device)
+    u = torch.rand(3, generator=generator, device=device)
+    return {"noise": noise, "sigma": shift_sigma(u[1:], cfg.shift).clamp(0.02, 0.98), "exit": (u[0] * cfg.denoise).long()}
+
+
+class Streams:
+    """The films in the making, one for each row of a batch: where each stands in which clip, and the kappa its student made.
+
+    folders: lists of chunks that films can start with; shares: how often each folder is drawn. Both tensors, `place` and `kappa`, are part of the
+    checkpoint. The rows of process `rank` of `world` are in `calls`, cfg.micro a call; `place` is the same on all, kappa each keeps for its own."""
+
+    def __init__(self, folders, shares, cfg, device, rank=0, world=1):
+        self.starts = [chunk for chunks in folders for chunk in chunks]
+        if not self.starts:
+            raise ValueError(f"no clip is long enough: a film needs two chunks, {2 * cfg.frames - 4 * cfg.head + 3} frames, and sound")
+        weights = np.concatenate([np.full(len(chunks), share / max(1, len(chunks))) for chunks, share in zip(folders, shares, strict=True)])
+        self.cfg, self.device, self.weights = cfg, device, weights / weights.sum()
+        self.calls = [range(row, row + cfg.micro) for row in range(rank * cfg.micro, cfg.batch, cfg.micro * world)]
+        C, _, h, w = self.starts[0].array("latents").shape[1:]
+        self.place = torch.zeros(cfg.batch, 3, dtype=torch.long)                # which start, chunks made, chunks to be made
+        self.kappa = torch.zeros(cfg.batch, C, cfg.head, h, w, device=device)
+        for row in range(cfg.batch):
+            self.restart(row, 0)
+            self.place[row, 2] = 1 + row % self.place[row, 2]                   # not all in step: a batch has chunks of every age
+
+    def restart(self, row, step):
+        rng = np.random.default_rng((self.cfg.seed, step, row))
+        start = int(rng.choice(len(self.starts), p=self.weights))
+        self.place[row] = torch.tensor([start, 0, min(self.cfg.rollout, chunks_left(self.starts[start], self.cfg))])
+
+    @torch.no_grad()
+    def batch(self, rows, step):
+        """-> the tensors of load_chunk and draw with a batch axis, on the device; "teacher", "student": what each sees at the head, rest unused."""
+        places = [self.place[row].tolist() for row in rows]
+        loaded = [load_chunk(self.starts[start], age, self.cfg) for start, age, _ in places]
+        batch = {k: torch.stack([chunk[k] for chunk in loaded]).to(self.device).float() for k in loaded[0]}
+        drawn = [draw(self.cfg, step, row, batch["latents"].shape[1:], self.device) for row in rows]
+        batch |= {k: torch.stack([one[k] for one in drawn]) for k in drawn[0]}
+        sees = {"gt": batch["latents"], "gen": torch.zeros_like(batch["latents"])}
+        m = self.cfg.head                                                       # cold start: the portrait itself, one latent
+        sees["gen"][:, :, :m] = torch.where(batch["cold"] > 0, batch["identity"][:, :, :m], self.kappa[list(rows)])
+        return batch | {"teacher": sees[self.cfg.teacher_sees], "student": sees[self.cfg.student_sees]}
+
+    def advance(self, kappas, step):
+        """After a step: every row goes on to its next chunk, with the kappa made for it, or starts again."""
+        for rows, kappa in kappas:
+            self.kappa[list(rows)] = kappa
+        self.place[:, 1] += 1
+        for row in torch.where(self.place[:, 1] == self.place[:, 2])[0].tolist():
+            self.restart(row, step + 1)
+
+    def share(self):
+        """Every process gets the kappas of all rows."""
+        if dist.is_initialized():
+            others = torch.ones(len(self.kappa), dtype=torch.bool)
+            others[[row for rows in self.calls for row in rows]] = False
+            self.kappa[others.to(self.kappa.device)] = 0
+            dist.all_reduce(self.kappa)
+
+
+# --------------------------------------------------------------------------------------------------- files and processes
+
+
+def write_safetensors(path, tensors, metadata):
+    """Written aside, then renamed: whoever kills us, the old file or the new one is there. Full disk: OSError, the old one stays."""
+    if not tensors:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, f"{path}.part", metadata)
+        os.replace(f"{path}.part", path)
+    except (OSError, SafetensorError) as error:
+        Path(f"{path}.part").unlink(missing_ok=True)
+        raise OSError(f"{path} was not written: {error}") from None
+
+
+def gather(tensors, dtype=None):
+    """Tensors, or FSDP's shards of them -> whole ones on the CPU of the first process; the others have a part in it and get {}."""
+    first, whole = not dist.is_initialized() or dist.get_rank() == 0, {}
+    for name, tensor in tensors.items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole |= {name: tensor.to("cpu", dtype).contiguous()} if first else {}
+    return whole
+
+
+def mean(numbers):
+    """Scalar tensors -> list of floats, means over the processes."""
+    numbers = torch.stack(list(numbers))
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+        numbers /= dist.get_world_size()
+    return numbers.tolist()
+
+
+def open_log(path, start):
+    """The log of a resumed run goes on at `start`: lines that will be written again are dropped."""
+    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and start else []
+    path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < start), encoding="utf-8")
+    return open(path, "a", encoding="utf-8")
+
+
+def shard(model, device, world):
+    """FSDP: every process keeps 1 / world of the weights, gradients and optimiser, and fetches a block's when it needs them."""
+    if world == 1:
+        return model
+    mesh = init_device_mesh(torch.device(device).type, (world,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)            # True: also outside training only shards remain

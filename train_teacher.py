@@ -30,15 +30,13 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import dit
 from audio import AudioEncoder
-from chunks import Pools, collate, encode_clips, load_row, pixels
+from chunks import Pools, collate, encode_clips, gather, load_row, mean, open_log, pixels, shard, shorten, write_safetensors
 from data import ClipFolder
 from dit import AudioDiT, DiTConfig, add_noise, load_wan_checkpoint, sample_teacher, velocity, x0_from_velocity
 from vae import load_vae
@@ -67,6 +65,7 @@ class TeacherConfig:
     window: int = 3                 # latents decoded for them, at a random place of the chunk
     context: int = 2                # latents decoded to their left, whose frames are thrown away
     frames: int = 81                # longest chunk; shorter clips give one chunk of 4k+1 frames
+    latents: int = 0                # train on the first so many latents of a chunk, 0 = all; 9 costs a quarter of 21: good to begin with
     offsets: int = 2                # times a clip is cut into chunks, each time from a later frame on
     references: int = 3             # chunks of a clip whose first frame serves as a reference picture; the clip's last frame also does
     encode_bf16: bool = False       # encode the cache in bfloat16: 2.5 x faster, latents off by 1 part in 200
@@ -86,7 +85,7 @@ PRESETS = {"tiny": TeacherConfig(),
            "wan-1.3b": TeacherConfig(network="wan-1.3b", steps=15000, batch=64, micro=1, lr=1e-5, warmup=500, decay=0.1, ema=0.9999, shift=5.0,
                                      checkpointing=True, every=500, minutes=30.0)}
 NETWORKS = dit.PRESETS | {"debug": DiTConfig(dim=192, ffn_dim=384, heads=4, layers=3, audio_tokens=4, audio_hidden=64)}
-FREE = ("steps", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
+FREE = ("steps", "latents", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)    # noise levels of the validation loss
 
 # ------------------------------------------------------------------------------------------------------------- equations
@@ -121,7 +120,7 @@ def pixel_losses(vae, x0, batch, cfg):
     for i, chunk in enumerate(batch["chunk"]):
         if batch["sigma"][i] >= cfg.pixel_sigma:
             continue
-        first = int(batch["window"][i])
+        first = max(1, min(int(batch["window"][i]), x0.shape[2] - cfg.window))
         count = min(cfg.window, x0.shape[2] - first)
         frames = slice(chunk.start + 4 * first - 3, chunk.start + 4 * (first + count) - 3)
         true = pixels(chunk.clip.frames[frames]).to(x0)                         # (1, 3, 4 count, H, W)
@@ -146,27 +145,6 @@ def teacher_loss(model, vae, batch, cfg, with_pixels):
     return loss, parts
 
 # ------------------------------------------------------------------------------------------------------------ checkpoint
-
-def write_safetensors(path, tensors, metadata):
-    """Written aside, then renamed: whoever kills us, the old file or the new one is there. Full disk: OSError, the old one stays."""
-    if not tensors:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, f"{path}.part", metadata)
-        os.replace(f"{path}.part", path)
-    except (OSError, SafetensorError) as error:
-        Path(f"{path}.part").unlink(missing_ok=True)
-        raise OSError(f"{path} was not written: {error}") from None
-
-
-def gather(tensors, dtype=None):
-    """Tensors, or FSDP's shards of them -> whole ones on the CPU of the first process; the others have a part in it and get {}."""
-    first, whole = not dist.is_initialized() or dist.get_rank() == 0, {}
-    for name, tensor in tensors.items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        whole |= {name: tensor.to("cpu", dtype).contiguous()} if first else {}
-    return whole
 
 
 class State:
@@ -272,22 +250,6 @@ def plot(run):
     figure.savefig(run / "loss.png", dpi=120)
 
 
-def mean(numbers):
-    """Scalar tensors -> list of floats, means over the processes."""
-    numbers = torch.stack(list(numbers))
-    if dist.is_initialized():
-        dist.all_reduce(numbers)
-        numbers /= dist.get_world_size()
-    return numbers.tolist()
-
-
-def open_log(path, start):
-    """The log of a resumed run goes on at `start`: lines that will be written again are dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and start else []
-    path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < start), encoding="utf-8")
-    return open(path, "a", encoding="utf-8")
-
-
 def learning_rate(step, cfg):
     """Up, level, and down to zero: a run can be made longer as long as the fall has not begun."""
     return cfg.lr * min(1, (step + 1) / cfg.warmup, (1 - step / cfg.steps) / cfg.decay)
@@ -350,7 +312,7 @@ def train_step(state, vae, pools, cfg, step, autocast, run, device, rank, world)
     state.opt.zero_grad(set_to_none=True)
     for call in range(calls):
         rows = range((call * world + rank) * cfg.micro, (call * world + rank + 1) * cfg.micro)
-        batch = collate([pools.draw(cfg, step, row) for row in rows], device)
+        batch = shorten(collate([pools.draw(cfg, step, row) for row in rows], device), cfg.latents)
         names += [chunk.name for chunk in batch["chunk"]]
         with autocast:
             loss, new = teacher_loss(state.model, vae, batch, cfg, with_pixels)
@@ -368,15 +330,6 @@ def train_step(state, vae, pools, cfg, step, autocast, run, device, rank, world)
 
 # ------------------------------------------------------------------------------------------------------------------ main
 
-def shard(model, device, world):
-    """FSDP: every process keeps 1 / world of the weights, gradients and optimiser, and fetches a block's when it needs them."""
-    if world == 1:
-        return model
-    mesh = init_device_mesh(torch.device(device).type, (world,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh, reshard_after_forward=True)            # True: also outside training only shards remain
-
 
 def build_parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -387,7 +340,7 @@ def build_parser():
     p.add_argument("--out", type=Path, help="where teacher.safetensors goes (default: --weights)")
     p.add_argument("--run", type=Path, default=Path("runs/teacher"), help="checkpoint, log, pictures, encoded chunks (%(default)s)")
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="what the options below are unless given (%(default)s)")
-    p.add_argument("--init", type=Path, help="start from an official Wan2.1 text-to-video checkpoint (.safetensors)")
+    p.add_argument("--init", type=Path, help="start from a teacher.safetensors, or from an official Wan2.1 text-to-video checkpoint")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run")
     p.add_argument("--plot", action="store_true", help="draw the curves of --run and stop")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
@@ -406,7 +359,8 @@ def prepare(args, cfg, device, rank, world):
     torch.manual_seed(cfg.seed)                                                 # the same first weights on every process
     model = AudioDiT(replace(NETWORKS[cfg.network], channels=vae.config.z_dim, audio_layers=encoder.layers, audio_dim=encoder.dim))
     if args.init:
-        print(load_wan_checkpoint(model, load_file(args.init)))
+        ours = "audio_proj.norm.weight" in (tensors := load_file(args.init))
+        print(model.load_state_dict(tensors) if ours else load_wan_checkpoint(model, tensors))
     folders, val = [], []
     for folder, cache in zip(args.data, args.cache or [None] * len(args.data), strict=True):
         parts = ("all", "all") if cfg.chunks else ("train", "val")              # all: learnt by heart, and validated on the same

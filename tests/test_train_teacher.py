@@ -315,7 +315,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(pools, vae, chunks, tmp_path
         Path(path).write_bytes(b"half a fi")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tt, "save_file", full)
+    monkeypatch.setattr("chunks.save_file", full)
     _, losses = run(tmp_path, vae, pools, chunks, steps=2)
     assert len(losses) == 2 and "No space left" in capsys.readouterr().err
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before and not list(tmp_path.glob("*.part"))
