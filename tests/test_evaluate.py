@@ -1,0 +1,215 @@
+"""Laws of the report: bounds are bounds, pieces lose nothing, bad input is a row or a line, and the same videos give the same figures."""
+import json
+import shutil
+from dataclasses import asdict, replace
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import save_file
+
+import evaluate as E
+import infer
+import metrics
+import proxies
+from data import HOP, write_mp4
+from report import summarise
+
+SIDE = 64
+
+
+def talker(path, seed, frames=80, tint=0.0, labels=True):
+    """A film of a flat face: its mouth opens as its sound gets louder, its skin reddens by `tint` a second; a puppet's sidecars beside it."""
+    rng = np.random.default_rng(seed)
+    opening = np.clip(np.convolve(rng.random(frames + 2), np.ones(3) / 3, "valid") * 2 - 0.5, 0, 1)
+    texture = np.kron(rng.integers(90, 160, (8, 8, 3)), np.ones((SIDE // 8, SIDE // 8, 1)))
+    film = np.clip(texture + (np.arange(frames) / 25 * tint)[:, None, None, None] * [1, 0, 0], 0, 255).astype(np.uint8)
+    for picture, h in zip(film, opening):
+        picture[int(SIDE * (0.71 - 0.1 * h)):int(SIDE * (0.71 + 0.1 * h)), int(0.4 * SIDE):int(0.6 * SIDE)] = 10
+    audio = (rng.standard_normal(frames * HOP) * np.repeat(opening, HOP) * 5000).clip(-32768, 32767).astype(np.int16)
+    write_mp4(path, film, audio)
+    if labels:
+        np.savez(path.with_suffix(".npz"), gap=np.float32(0.27 * opening), blink=np.zeros(frames, np.float32), box=np.array(metrics.FACE_BOX) * SIDE)
+        text = {"identity": path.stem, "phones": [[0, frames / 25 - 0.4, "ɑ"], [frames / 25 - 0.4, frames / 25, "sil"]]}
+        path.with_suffix(".json").write_text(json.dumps(text), encoding="utf-8")
+
+
+def by_darkness(net, frames, box):
+    """Stands in for the trained face proxy: the dark part of the middle column is the mouth."""
+    dark = (frames[:, :, int(0.45 * frames.shape[2]):int(0.55 * frames.shape[2])].mean((2, 3)) < 40).mean(1)
+    return dark, np.zeros(len(frames)), np.ones(len(frames))
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """real/ with three talkers, copy/ with the same; proxies/ with random networks: their figures mean nothing, their plumbing does."""
+    root = tmp_path_factory.mktemp("shelf")
+    for name in ("real", "copy", "proxies"):
+        (root / name).mkdir()
+    for seed in range(3):
+        talker(root / "real" / f"t{seed}.mp4", seed)
+        shutil.copy(root / "real" / f"t{seed}.mp4", root / "copy")
+    torch.manual_seed(0)
+    small = metrics.SyncNetConfig(80, (4,) * 6, (4,) * 6, 4, "mouth")
+    save_file(metrics.SyncNet(small).state_dict(), root / "proxies" / "sync.safetensors", {"proxy": "sync", "config": json.dumps(asdict(small))})
+    for kind in ("identity", "face"):
+        save_file(proxies.CLASSES[kind]().state_dict(), root / "proxies" / f"{kind}.safetensors", {"proxy": kind, "config": "{}"})
+    return root
+
+
+def report(shelf, out, *words):
+    E.main([*map(str, words), "--proxies", str(shelf / "proxies"), "--size", str(SIDE), "--out", str(out), "--device", "cpu"])
+    return json.loads((out / "report.json").read_text(encoding="utf-8"))
+
+
+def test_real_is_the_upper_bound_and_frozen_the_lower(shelf, tmp_path, monkeypatch):
+    """Every table has its scale: the real clip has the truth's mouth; a frozen face has a flawless picture, and no mouth and no motion."""
+    monkeypatch.setattr(proxies, "read_faces", by_darkness)
+    (tmp_path / "late").mkdir()
+    for clip in (shelf / "real").glob("*.mp4"):                                 # a system whose pictures come 1 frame late
+        film, sound = np.stack(list(E.squares(clip, SIDE))), E.sound_of(clip, 3.2)[:80 * HOP]
+        write_mp4(tmp_path / "late" / clip.name, np.concatenate([film[:1], film[:-1]]), (sound * 32767).astype(np.int16))
+    found = report(shelf, tmp_path / "out", "--generated", tmp_path / "late", "--real", shelf / "real")
+    real, frozen, late = (found["systems"][k] for k in ("real", "frozen", "late"))
+    assert real["mouth"]["mean"] > 0.95 and frozen["mouth"]["mean"] == 0 and late["mouth"]["mean"] < 0.8 < late["mouth_late"]["mean"]
+    assert frozen["motion"]["mean"] < 0.2 and frozen["head"]["mean"] < 1e-3 and frozen["colour"]["mean"] < 0.5
+    assert real["mouth"]["n"] == 3 and real["mouth"]["sd"] is not None and found["seed"] == 0 and found["commit"]
+    for name in ("report.md", "videos.csv", "pieces.csv", "drift.png", "sheet.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+    table = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "| metric | real | frozen | late |" in table and "FID is left out" in table and "| FID" not in table
+
+
+def test_same_videos_same_figures(shelf, tmp_path):
+    """A report is a function of its videos: a difference between two runs is a difference between two systems."""
+    one, two = (report(shelf, tmp_path / name, "--generated", shelf / "copy", "--real", shelf / "real") for name in "ab")
+    assert one["systems"] == two["systems"] and one["drift"] == two["drift"]
+    assert one["systems"]["frozen"].keys() >= {"proxy_sync_now", "proxy_identity", "proxy_frechet", "faces"}
+
+
+def test_drift_is_read_at_its_time(shelf, tmp_path):
+    """A face that reddens by half a grey level a second has reddened by 1.25 in the 5 s that end at 5, by 23.75 in those that end at 50."""
+    (tmp_path / "red").mkdir()
+    talker(tmp_path / "red" / "long.mp4", 5, 1250, tint=0.5, labels=False)
+    drift = report(shelf, tmp_path / "out", "--generated", tmp_path / "red", "--real", shelf / "real")["drift"]["red"]
+    assert set(drift) == {"5", "50"} and abs(drift["50"]["colour"]["mean"] - drift["5"]["colour"]["mean"] - 22.5) < 2
+    assert "Drift" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_pieces_lose_no_frame_and_hold_few():
+    """Ten minutes go through in pieces of 5 s; never are more than two of them in memory. A short rest joins its neighbour."""
+    alive, most = set(), 0
+
+    class Frame(np.ndarray):
+        def __del__(self):
+            alive.discard(self.number) if getattr(self, "number", None) is not None else None
+
+    def film(n):
+        nonlocal most
+        for i in range(n):
+            frame = np.full((1, 1, 3), i % 251, np.uint8).view(Frame)
+            frame.number = i
+            alive.add(i)
+            most = max(most, len(alive))
+            yield frame
+    for n in (1, 81, 125, 130, 187, 250, 15000):
+        sizes, values = [], []
+        for piece in E.pieces(film(n)):
+            sizes.append(len(piece)), values.append(np.asarray(piece[:, 0, 0, 0]))
+        assert np.array_equal(np.concatenate(values), np.arange(n) % 251) and max(sizes) < 125 + 63 and (n < 62 or min(sizes) >= 62)
+    assert most < 3 * 125
+
+
+def test_bad_videos_are_rows_that_say_so(shelf, tmp_path):
+    """No video stops the report, and none is passed over in silence: rubbish, no sound, another rate, another length, no partner."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "rubbish.mp4").write_bytes(b"no video")
+    with av.open(str(bad / "t0.mp4"), "w") as file:                             # 30 frames a second, no sound, too short
+        stream = file.add_stream("libx264", 30)
+        stream.width = stream.height = SIDE
+        for i in range(60):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((SIDE, SIDE, 3), 2 * i, np.uint8))))
+        file.mux(stream.encode(None))
+    talker(bad / "stranger.mp4", 9, 40, labels=False)
+    found = report(shelf, tmp_path / "out", "--generated", bad, "--real", shelf / "real")
+    notes = [n for n in found["notes"] if n.startswith("bad: ")]
+    said = "\n".join(notes)
+    for words in ("not measured: ", "30.00 frames a second, read as 25", "no audio; the real clip's sound is used", "50 frames, 80 in the truth",
+                  "no real clip of this name"):
+        assert words in said, (words, said)
+
+
+def test_a_picture_without_a_face_is_called_so(shelf, tmp_path, monkeypatch):
+    """Fog must not get a good sync score unseen."""
+    monkeypatch.setattr(proxies, "read_faces", lambda net, frames, box: (np.zeros(len(frames)),) * 3)
+    found = report(shelf, tmp_path / "out", "--generated", shelf / "copy", "--real", shelf / "real")
+    assert any("no face in 100 % of the frames" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("words, line", [
+    (("--generated", "EMPTY", "--real", "REAL"), "no video in"), (("--generated", "REAL", "--real", "EMPTY"), "no video in"),
+    (("--generated", "NO", "--real", "REAL"), "no such folder"), (("--generated", "REAL"), "either --generated"),
+    (("--data", "REAL"), "either --generated"), (("--generated", "REAL", "--real", "REAL", "--fid-weights", "NO"), "no such file"),
+    (("--generated", "REAL", "--real", "REAL", "--syncnet-weights", "FILE"), "no SyncNet"), (("train-proxies", "--data", "EMPTY"), "no train clip")])
+def test_bad_input_is_one_line_and_exit_2(shelf, tmp_path, capsys, words, line):
+    """A mistake is told in one line, before anything is computed."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    places = {"EMPTY": tmp_path / "empty", "REAL": shelf / "real", "NO": tmp_path / "no", "FILE": tmp_path / "file"}
+    with pytest.raises(SystemExit) as stop:
+        E.main([str(places.get(w, w)) for w in words] + ([] if words[0] == "train-proxies" else ["--out", str(tmp_path / "out")]))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and line in error.splitlines()[-1]
+
+
+def test_generating_first(shelf, tmp_path):
+    """--weights and --data: held-out clips speak again through the network, also another's words and silence, and one for long; all in one table."""
+    from audio import AudioEncoder
+    from dit import PRESETS as DIT
+    from dit import AudioDiT
+    from vae import PRESETS as VAE
+    from vae import WanVAE
+    torch.manual_seed(0)
+    weights, heard = tmp_path / "weights", ROOT / "weights" / "tiny" / "wav2vec2"
+    weights.mkdir()
+    encoder = AudioEncoder(heard)
+    vae = replace(VAE["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
+    dit = replace(DIT["tiny"], dim=48, ffn_dim=64, layers=1, audio_layers=encoder.layers, audio_dim=encoder.dim, audio_hidden=16)
+    save_file(WanVAE(vae).state_dict(), weights / "vae.safetensors")
+    save_file(AudioDiT(dit).state_dict(), weights / "student.safetensors", {"trained": "no"})
+    config = {"vae": asdict(vae), "dit": asdict(dit), "audio": str(heard), "size": 32}
+    (weights / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    E.main(["--weights", str(weights), "--data", str(shelf / "real"), "--clips", "1", "--controls", "--long", "5.2", "--student-steps", "1",
+            "--out", str(tmp_path / "out"), "--proxies", str(shelf / "proxies"), "--device", "cpu"])
+    found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert list(found["systems"]) == ["real", "vae", "frozen", "student", "student-other-sound", "student-silence", "student-long"]
+    assert found["systems"]["student"]["fps"]["mean"] > 0 and set(found["drift"]) == {"student-long"}
+    assert any("teacher is left out" in n for n in found["notes"]) and any("is untrained" in n for n in found["notes"])
+    assert len(list(E.squares(tmp_path / "out" / "videos" / "student-long" / "long_0.mp4", 32))) == 130
+    assert not any("not measured" in n for n in found["notes"])
+    assert infer.CHUNK == 81 and found["systems"]["student-long"].keys() >= {"seam", "proxy_identity"}
+
+
+def test_proxies_are_trained_by_one_command(shelf, tmp_path, capsys):
+    """From a folder of clips to weights, their scale and their settings, in one program; the same seed gives the same weights."""
+    for out in ("a", "b"):
+        E.main(["train-proxies", "--data", str(shelf / "real"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / out), "--clips", "2",
+                "--sync-steps", "1", "--identity-steps", "2", "--face-steps", "1"])
+    one, two = (proxies.load_proxies(tmp_path / out) for out in "ab")
+    assert set(one) == {"sync", "identity", "face"}
+    for kind in one:
+        assert all(torch.equal(a, b) for a, b in zip(one[kind].state_dict().values(), two[kind].state_dict().values()))
+    assert json.loads((tmp_path / "a" / "proxies.json").read_text(encoding="utf-8"))["config"]["sync_steps"] == 1
+
+
+def test_frechet_of_real_against_real_is_of_two_halves():
+    """Real clips against themselves would be 0 and say nothing: the bound is one half of them against the other."""
+    rng, sums = np.random.default_rng(0), {}
+    for name, shift in (("real/0", 0), ("real/1", 0), ("real", 0), ("made", 3)):
+        sums[name, "proxy_frechet", None] = metrics.Gaussian()
+        sums[name, "proxy_frechet", None].add(rng.standard_normal((200, 4)) + shift)
+    real, made = (summarise(name, [], sums)["proxy_frechet"]["mean"] for name in ("real", "made"))
+    assert 0 < real < 0.5 and 30 < made < 42
