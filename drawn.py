@@ -1,13 +1,11 @@
 """How puppet.py draws: (1) a portrait that moves, warped by its mesh; (2) portraits painted out of nothing.
 
-(1) Puppet. q is a point of the frame; face coordinates: origin between the eyes, unit = their distance, y
-down. Two warps are undone in turn: the head's pose (q -> c, the rotation of a relief), then the expression (c
--> s, a sum of hand-made displacement fields); the portrait is read at s. Skin tears at the mouth line and the
-upper lids. So there are two expression fields, each smooth everywhere: layer 0 is the skull (upper lip,
-eyeballs), layer 1 what slides over it (lower lip and jaw; upper lids). A pixel takes the layer on its side of
-the moved line. Between the lips the inside of a mouth is painted.
-(2) draw_face(seed) bends an average mesh and paints skin, eyes, lips, hair, clothes at its points, lit along
-its relief. It returns a picture and the same 468 points, so the same Puppet moves it.
+(1) Puppet. q is a point of the frame; face coordinates: origin between the eyes, unit = their distance, y down. Two warps are undone in turn: the
+head's pose (q -> c, the rotation of a relief), then the expression (c -> s, a sum of hand-made displacement fields); the portrait is read at s.
+Skin tears at the mouth line and the upper lids. So there are two expression fields, each smooth everywhere: layer 0 is the skull (upper lip,
+eyeballs), layer 1 what slides over it (lower lip and jaw; upper lids). A pixel takes the layer on its side of the moved line. The inside of the
+mouth is painted, and skin on closing lids.
+(2) draw_face(seed) bends an average mesh and paints skin, eyes, lips, hair, clothes at its points: a picture and a mesh for the same Puppet.
 """
 import base64
 import colorsys
@@ -19,16 +17,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 
 # Indices into MediaPipe's 468-point face mesh; rows run from the left to the right of the picture.
-UPPER_IN = [78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308]           # inner edges of the lips
-LOWER_IN = [78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308]
-UPPER_OUT = [61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291]
-LOWER_OUT = [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291]
+UPPER_IN, LOWER_IN = [78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308], [78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308]     # inner, outer
+UPPER_OUT, LOWER_OUT = [61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291], [61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291]    # edges of the lips
 EYES = (([33, 246, 161, 160, 159, 158, 157, 173, 133], [33, 7, 163, 144, 145, 153, 154, 155, 133]),
         ([362, 398, 384, 385, 386, 387, 388, 466, 263], [362, 382, 381, 380, 374, 373, 390, 249, 263]))
-BROWS = (([70, 63, 105, 66, 107], [46, 53, 52, 65, 55]),  # upper and lower edges of lids and brows
-         ([336, 296, 334, 293, 300], [285, 295, 282, 283, 276]))
-OVAL = [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148,
-        176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109]
+BROWS = (([70, 63, 105, 66, 107], [46, 53, 52, 65, 55]), ([336, 296, 334, 293, 300], [285, 295, 282, 283, 276]))     # upper, lower edges
+OVAL = [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149, 150, 136, 172, 58, 132, 93,
+        234, 127, 162, 21, 54, 103, 67, 109]
 POSE_GRID, EXPR_GRID, TABLE = 64, (144, 112), 160  # resolution of pose fields, expression fields, lip curves
 
 
@@ -53,9 +48,8 @@ def relief(points, x, y, width=.11):
 class Puppet:
     """One portrait ready to be moved.
 
-    image: (H, H, 3) uint8; points: (468, 3) in its pixels, smaller z = nearer; size: pixels of a frame, drawn
-    at twice that and averaged; check: stop after the mouth line and the lids. Raises ValueError for a picture
-    or a mesh of another shape, without a dark line between the lips, or with brows that touch the lids."""
+    image: (H, H, 3) uint8; points: (468, 3) in its pixels, smaller z = nearer; size: pixels of a frame, drawn at twice that and averaged;
+    check: stop after the mouth line and the lids. Raises ValueError for another shape, no dark line between the lips, brows on the lids."""
 
     def __init__(self, image, points, size, check=False):
         image, points, side = np.asarray(image), np.asarray(points, np.float64), len(image)
@@ -106,10 +100,9 @@ class Puppet:
         ends = (p[[61, 291], :2] + p[[78, 308], :2]) / 2
         self.mx, self.my = ends.mean(0).tolist()
         self.half = (float(self.mx - ends[0, 0]), float(ends[1, 0] - self.mx))
-        inner = p[UPPER_IN], p[LOWER_IN]
-        mid = (inner[0] + inner[1]) / 2
+        mid = (p[UPPER_IN] + p[LOWER_IN]) / 2
         self.line = np.polyfit(np.clip(self.mouth_u(mid[:, 0]), -1, 1), mid[:, 1], 4)
-        self.slits = [np.polyfit(self.mouth_u(e[:, 0]), np.abs(mid - e)[:, 1], 4) for e in inner]
+        self.slits = [np.polyfit(self.mouth_u(e[:, 0]), np.abs(mid - e)[:, 1], 4) for e in (p[UPPER_IN], p[LOWER_IN])]
         u, off = np.linspace(-.75, .75, 13), np.linspace(-.09, .09, 37)[:, None]
         x, y = np.broadcast_arrays(self.mx + u * np.where(u < 0, *self.half), np.polyval(self.line, u) + off)
         grey = self.read(np.stack([x.ravel(), y.ravel()], 1)).mean(-1).reshape(37, 13)
@@ -143,8 +136,7 @@ class Puppet:
         """What each coefficient displaces, in both layers, on a grid around the face (K, 2, 2 xy, gh, gw)."""
         y1, (gh, gw) = float(self.p[OVAL, 1].max()), EXPR_GRID
         self.box = (self.mx - 1.3, -.95, self.mx + 1.3, y1 + .75)                       # x0, y0, x1, y1
-        x, y = np.meshgrid(self.box[0] + (np.arange(gw) + .5) / gw * 2.6,
-                           self.box[1] + (np.arange(gh) + .5) / gh * (y1 + 1.7))
+        x, y = np.meshgrid(self.box[0] + (np.arange(gw) + .5) / gw * 2.6, self.box[1] + (np.arange(gh) + .5) / gh * (y1 + 1.7))
         u, dx = self.mouth_u(x), x - self.mx
         t = y - np.polyval(self.line, np.clip(u, -1, 1))  # > 0: below the mouth line
         lens = np.clip(1 - np.abs(u) ** 2.3, 0, 1) ** .9                                # shape of the opening
@@ -160,12 +152,10 @@ class Puppet:
             lid += np.interp(x, xs, way, 0, 0) * smoothstep(ty, -.8 * reach, -.01) * (ty < .3)
             gaze += smoothstep(np.abs(e), 1, .3) * smoothstep(np.abs(ty - deep), deep + .02, .03)
             bx, by, _ = self.p[ring].mean(0)
-            side = np.exp(-((x - bx) / .42) ** 4)
-            brow += side * smoothstep(ty, -.02, -.16) * smoothstep(y, by - .55, by - .08)
+            brow += np.exp(-((x - bx) / .42) ** 4) * smoothstep(ty, -.02, -.16) * smoothstep(y, by - .55, by - .08)
         y_of = lambda layer0, layer1=None: [[o, layer0], [o, layer0 if layer1 is None else layer1]]
-        fields = dict(jaw=y_of(jaw), lower=y_of(o, lens * low), upper=y_of(-lens * up, o), thick=y_of(lips),
-                      shut=y_of(above * up, -below * low), lid=y_of(o, lid), brow=y_of(-brow),
-                      wide=[[near, o]] * 2, gaze_y=y_of(gaze, o), gaze_x=[[gaze, o], [o, o]])
+        fields = dict(jaw=y_of(jaw), lower=y_of(o, lens * low), upper=y_of(-lens * up, o), thick=y_of(lips), shut=y_of(above * up, -below * low),
+                      lid=y_of(o, lid), brow=y_of(-brow), wide=[[near, o]] * 2, gaze_y=y_of(gaze, o), gaze_x=[[gaze, o], [o, o]])
         self.names, self.expr = list(fields), f32(list(fields.values()))
         # the inner edges of the lips, where the layers part, and how each coefficient moves them
         v = np.linspace(-1.3, 1.3, 65)
@@ -178,8 +168,7 @@ class Puppet:
         self.edge_k = np.stack([moved[:, i, :, i].numpy() for i in (0, 1)], 1)  # (K, 2 layers, 2 xy, 65)
 
     def lookup(self, fields, c, side=None):
-        """Read fields (n, k, gh, gw) of the expression grid at c (n or 1, h, w, 2). With side (n, h, w), 0 or
-        1: fields (n, k, 2 gh, gw) are the two layers one above the other, and side picks one."""
+        """Read fields (n, k, gh, gw) at c (n or 1, h, w, 2); with side (n, h, w), 0 or 1: fields (n, k, 2 gh, gw), two layers of which side picks."""
         x0, y0, x1, y1 = self.box
         gx, gy = (c[..., 0] - x0) * (2 / (x1 - x0)) - 1, (c[..., 1] - y0) * (2 / (y1 - y0)) - 1
         if side is not None:
@@ -188,9 +177,13 @@ class Puppet:
 
     def colours(self):
         """Teeth take their white from the eyes, tongue and cavity their red from the lips: the light fits."""
-        white = self.read(np.concatenate([np.stack([xs, top + f * way], 1)
-                                          for xs, top, way, _ in self.lids for f in (.35, .5, .65)]))
+        white = self.read(np.concatenate([np.stack([xs, top + f * way], 1) for xs, top, way, _ in self.lids for f in (.35, .5, .65)]))
         white = white[np.argsort(white.sum(1))[int(.80 * len(white)):int(.92 * len(white))]].mean(0)
+        self.lid_skin, v = [], np.vander(np.linspace(-1, 1, 33), 3)  # (1, 3, 2, 33): skin above and below each eye, a parabola along it
+        for xs, top, way, reach in self.lids:
+            bands = [top - f * reach for f in (.3, .4, .5, .6)], [top + way + f for f in (.02, .05, .08, .11)]
+            rows = np.quantile([[self.read(np.stack([xs, y], 1)[4:-4]) for y in band] for band in bands], .6, 1)         # (2, 25, 3)
+            self.lid_skin.append(f32(v @ np.linalg.pinv(v[4:-4]) @ rows).movedim(-1, 0)[None].clamp(0, 1))
         skin = np.median(self.read(self.p[[50, 280, 205, 425, 199, 200], :2]), 0)
         lip = np.median(self.read(self.p[[72, 302, 11, 15, 85, 315, 86, 316, 16], :2]), 0)
         teeth = (.6 * white / white.mean() + .4 * skin / skin.mean()) * max(white.mean(), .8 * skin.mean())
@@ -198,20 +191,19 @@ class Puppet:
             teeth=teeth * [1.06, 1.03, .98], tongue=.75 * lip + .05 * lip.mean(), cavity=.22 * lip).items()}
 
     def render(self, k, chunk=8):
-        """Draw frames. k: dict of (N,) arrays. In eye distances: how far jaw, `lower` and `upper` lip open,
-        how far the corners go `wide`, brow, gaze_x, gaze_y, tx, ty. In rad: yaw, pitch, roll (> 0: right, up,
-        clockwise). 0-1: lid (1 shut), tongue, shut (1: lips a slit apart in the portrait meet), thick (lips).
-
+        """Draw frames. k: dict of (N,) arrays. In eye distances: how far jaw, `lower` and `upper` lip open, how far the corners go `wide`, brow,
+        gaze_x, gaze_y, tx, ty. In rad: yaw, pitch, roll (> 0: right, up, clockwise). 0-1: lid (1 shut), tongue, shut (1: lips a slit apart in the
+        portrait meet), thick (lips).
         Returns frames (N, S, S, 3) uint8, face mask (N, S/4, S/4) uint8 0/255, inner-lip gap drawn (N,)."""
-        k, starts = {n: np.asarray(v, np.float32) for n, v in k.items()}, range(0, len(k["jaw"]), chunk)
-        parts = [self.render_chunk({n: v[i:i + chunk] for n, v in k.items()}) for i in starts]
+        k = {n: np.asarray(v, np.float32) for n, v in k.items()}
+        parts = [self.render_chunk({n: v[i:i + chunk] for n, v in k.items()}) for i in range(0, len(k["jaw"]), chunk)]
         return [np.concatenate(v) for v in zip(*parts)]
 
     @torch.no_grad()
     def render_chunk(self, k):
         coef = np.stack([k[n] for n in self.names], 1)                                  # (n, K)
         n, c, (a, b) = len(coef), self.unpose(k), self.half                             # c (n, 2S, 2S, 2)
-        edges = self.lip_tables(coef)  # upper, lower (n, TABLE)
+        edges, eyes = self.lip_tables(coef), []  # upper, lower (n, TABLE)
         side = (c[..., 1] > self.my).float()  # the layer of every pixel
         win = self.window(c, self.mx - 1.25 * a, self.my - .35, self.mx + 1.25 * b, self.my + .55)
         cm = c[win].clone()  # the mouth's pixels (n, h, w, 2)
@@ -219,13 +211,15 @@ class Puppet:
         side[win] = (cm[..., 1] > (yu + yl) / 2).float()
         for xs, top, way, reach in self.lids:
             eye = self.window(c, xs[0] - .05, top.min() - reach - .1, xs[-1] + .05, (top + way).max() + .1)
-            lid = f32(top + .98 * k["lid"][:, None] * way)                              # (n, 33)
-            side[eye] = (c[eye][..., 1] < self.read_table(lid, c[eye][..., 0], xs[0], xs[-1])).float()
+            ce, lid = c[eye].clone(), f32(top + .98 * k["lid"][:, None] * way)          # lid (n, 33)
+            edge = ce[..., 1] - self.read_table(lid, ce[..., 0], xs[0], xs[-1])         # > 0: below the lid
+            side[eye], eyes = (edge < 0).float(), [*eyes, (eye, ce, edge)]
         face = self.window(c, *self.box)
         c[face] += self.lookup(self.unexpress(f32(coef)), c[face].clone(), side[face]).movedim(1, -1)
-        picture = self.texture.expand(n, -1, -1, -1)
-        rgb = F.grid_sample(picture, self.to_picture(c), "bilinear", "border", False)  # (n, 4, 2S, 2S)
+        rgb = F.grid_sample(self.texture.expand(n, -1, -1, -1), self.to_picture(c), "bilinear", "border", False)         # (n, 4, 2S, 2S)
         self.paint_mouth(rgb[:, :3][(slice(None), *win)], cm, yu, yl, k)
+        for i, (eye, ce, edge) in enumerate(eyes if k["lid"].max() > 0 else []):
+            self.paint_lid(rgb[:, :3][(slice(None), *eye)], i, ce, edge, f32(k["lid"])[:, None, None])
         small = F.avg_pool2d(rgb, 2)
         mask = F.avg_pool2d(small[:, 3:], 4)[:, 0] > .5
         frames = (small[:, :3] * 255).round().clamp(0, 255).byte().movedim(1, -1).contiguous()
@@ -242,7 +236,7 @@ class Puppet:
     def unpose(self, k):
         """Points of the unturned head (n, 2S, 2S, 2) under the pixels: fixed point of c = q - d(c)."""
         (cy, cp, cr), (sy, sp, sr) = ([f(k[a]) for a in ("yaw", "pitch", "roll")] for f in (np.cos, np.sin))
-        # rows of Rz(roll) Rx(pitch) Ry(yaw) - 1, z pointing away from the camera, and the translation: (n, 4)
+        # rows of Rz(roll) Rx(pitch) Ry(yaw) - 1, z away from the camera, and the translation: (n, 4)
         rx = np.stack([cr * cy - sr * sp * sy - 1, -sr * cp, -cr * sy - sr * sp * cy, k["tx"]], 1)
         ry = np.stack([sr * cy + cr * sp * sy, cr * cp - 1, -sr * sy + cr * sp * cy, k["ty"]], 1)
         d = (torch.from_numpy(np.stack([rx, ry], 1)) @ self.pose_basis).unflatten(-1, (POSE_GRID, POSE_GRID))
@@ -253,8 +247,7 @@ class Puppet:
         return move.movedim(1, -1) + f32(self.pixels(2 * self.size))
 
     def unexpress(self, coef):
-        """Displacement c -> s for coefficients (n, K), layers one above the other (n, 2, 2 gh, gw): by
-        Newton steps in y and fixed-point steps in x (the motion is mostly vertical)."""
+        """Displacement c -> s for coefficients (n, K), layers one above the other (n, 2, 2 gh, gw): Newton steps in y, fixed-point steps in x."""
         (gh, gw), (x0, y0, x1, y1) = EXPR_GRID, self.box
         d = (coef @ self.expr.flatten(1)).view(-1, 2, gh, gw)                           # (2 n, 2, gh, gw)
         slope = F.pad((d[:, 1:, 2:] - d[:, 1:, :-2]) * (gh / (2 * (y1 - y0))), (0, 0, 1, 1))    # d dy / dy
@@ -276,30 +269,39 @@ class Puppet:
     def read_table(self, table, x, x0, x1):
         """Linear interpolation of tables (n, T), even on [x0, x1], at x (n, h, w)."""
         pos = ((x - x0) * ((table.shape[1] - 1) / (x1 - x0))).clamp(0, table.shape[1] - 1.001).flatten(1)
-        i = pos.long()
-        a = table.gather(1, i)
+        a = table.gather(1, i := pos.long())
         return (a + (table.gather(1, i + 1) - a) * (pos - i)).view(x.shape)
 
+    def paint_lid(self, rgb, i, c, edge, shut):
+        """Paint the lid of eye i into rgb (n, 3, h, w), in place, for stretched make-up is streaky: from the skin above the eye to that below it.
+        c (n, h, w, 2); edge (n, h, w): how far below the lid's edge; shut (n, 1, 1): 1 shut."""
+        xs, top, way, reach = self.lids[i]
+        e = (c[..., 0] - float(xs.mean())) * (2 / float(xs[-1] - xs[0]))
+        v = (c[..., 1] - self.read_table(f32(top).expand(len(c), -1), c[..., 0], xs[0], xs[-1])) / float(way.max())
+        skin = F.grid_sample(self.lid_skin[i].expand(len(c), -1, -1, -1), torch.stack([e, 1.3 * v - .3], -1), "bilinear", "border", True)
+        ends = ((1.05 - e.abs()) / .35).clamp(0, 1) * (2 * shut).clamp(0, 1)
+        fade = ((-edge - .012) / .03).clamp(0, 1) * (v * float(way.max() / reach) * 2.5 + 1.25).clamp(0, 1)
+        rgb += (.85 * ends * fade)[:, None] * (skin - rgb)
+        rgb *= 1 - (.6 * ends * torch.exp(-((edge + .008) / .014) ** 2))[:, None]       # the lashes
+
     def paint_mouth(self, rgb, c, yu, yl, k):
-        """Blend the inside of the mouth into rgb (n, 3, h, w), in place; c (n, h, w, 2); lips end at yu, yl.
-        The upper teeth stay with the skull, the lower ones go with the jaw."""
+        """Blend the inside of the mouth into rgb (n, 3, h, w), in place; c (n, h, w, 2); lips end at yu, yl. The lower teeth go with the jaw."""
         px = 2 * self.size * self.unit  # pixels per eye distance
         cover = lambda d: (d * px + .5).clamp(0, 1)                                     # anti-aliased d > 0
         over = lambda x, name, alpha, light: x + alpha[:, None] * (self.colour[name] * light[:, None] - x)
         y, dx = c[..., 1], c[..., 0] - self.mx
         u = torch.where(dx < 0, dx / self.half[0], dx / self.half[1])
-        line = f32(np.polyval(self.line, np.linspace(-1, 1, 64))).expand(len(c), -1)
-        rest = self.read_table(line, u, -1, 1)  # the mouth line at rest
+        rest = self.read_table(f32(np.polyval(self.line, np.linspace(-1, 1, 64))).expand(len(c), -1), u, -1, 1)   # the mouth line at rest
         gap, deep = (yl - yu).clamp(min=0), (1 - .80 * u ** 2).clamp(.08, 1)            # the corners are dark
-        shadow = .42 + .58 * ((y - yu) / .07).clamp(0, 1)                               # of the upper lip
-        slits = .90 + .10 * (torch.cos(u * (2 * np.pi / .26) + np.pi).abs() * 3).clamp(0, 1)  # between teeth
-        arch, jaw, tip = .03 - .03 * u ** 2, f32(k["jaw"])[:, None, None], f32(k["tongue"])[:, None, None]
+        shadow = .62 + .38 * ((y - yu) / .05).clamp(0, 1)                               # of the upper lip
+        wave = torch.sin(dx * (np.pi / .12)).abs()                                      # 0 between two teeth
+        slits, jaw, tip = .78 + .22 * (wave * 2.5).clamp(0, 1), f32(k["jaw"])[:, None, None], f32(k["tongue"])[:, None, None]
+        arch = .05 - .05 * u ** 2 + .012 * (wave - 1)                                   # with round ends
         low = cover(y - (rest - arch + .9 * jaw + .035)) * cover(.62 - u.abs())
-        inside = over(self.colour["cavity"] * deep[:, None], "teeth", low * .85, .72 * deep * slits)
+        inside = over(self.colour["cavity"] * deep[:, None], "teeth", low * .85, .78 * deep * slits)
         tongue = cover(y - yl + (.30 + .45 * tip) * gap * (1 - (u / .75) ** 2) + .01) * cover(.72 - u.abs())
         inside = over(inside, "tongue", tongue, deep * (.75 + .25 * shadow))
-        up = cover(rest + arch - y) * cover(.8 - u.abs())
-        inside = over(inside, "teeth", up, .95 * shadow * deep * slits)
+        inside = over(inside, "teeth", cover(rest + arch - y) * cover(.8 - u.abs()), 1.1 * shadow * deep * slits)
         alpha = cover(y - yu) * cover(yl - y) * (gap * px / 1.5).clamp(0, 1) * ((.98 - u.abs()) / .2).clamp(0, 1)     # no whiskers
         rgb += alpha[:, None] * (inside - rgb)
 
@@ -348,15 +350,18 @@ class Brush:
         """Coverage (n, n) of a rounded "polygon", a "line" (k, 2), an "ellipse" or "rectangle" (2, 2)."""
         q = np.asarray(points, float)[:, :2]
         if kind == "polygon":  # a periodic Catmull-Rom curve through the corners
-            a, b, c, d = (np.roll(q, s, 0)[:, None] for s in (1, 0, -1, -2))
-            t = np.arange(6)[:, None] / 6
+            a, b, c, d, t = *(np.roll(q, s, 0)[:, None] for s in (1, 0, -1, -2)), np.arange(6)[:, None] / 6
             q = b + .5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * b - a - 3 * c + d)))
-        m, q = Image.new("L", (self.n, self.n)), (q.reshape(-1, 2) * self.unit + self.origin).ravel().tolist()
-        getattr(ImageDraw.Draw(m), kind)(q, 255, **({"width": round(width * self.unit)} if width else {}))
-        return np.asarray(m.filter(ImageFilter.GaussianBlur(soft * self.unit)), np.float32) / 255
+        q, far = q.reshape(-1, 2) * self.unit + self.origin, (3 * soft + (width or 0)) * self.unit + 4
+        y0, y1 = np.clip([q[:, 1].min() - far, q[:, 1].max() + far], 0, self.n).astype(int)      # the rows that it can touch
+        m, out = Image.new("L", (self.n, max(y1 - y0, 1))), np.zeros((self.n, self.n), np.float32)
+        getattr(ImageDraw.Draw(m), kind)((q - [0, y0]).ravel().tolist(), 255, **({"width": round(width * self.unit)} if width else {}))
+        out[y0:y1] = np.asarray(m.filter(ImageFilter.GaussianBlur(soft * self.unit)), np.float32)[:y1 - y0] / 255
+        return out
 
     def paint(self, mask, colour, strength=1.0):
-        self.picture += (mask * strength)[..., None] * (np.float32(np.clip(colour, 0, 1)) - self.picture)
+        rows = mask.any(1)
+        self.picture[rows] += (mask[rows] * strength)[..., None] * (np.float32(np.clip(colour, 0, 1)) - self.picture[rows])
 
 
 def palette(rng):
@@ -366,9 +371,9 @@ def palette(rng):
     hue = lambda s, v: np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(*s), rng.uniform(*v)))
     hairs = np.array([(8, 6, 5), (20, 12, 7), (42, 26, 12), (72, 55, 30), (62, 61, 60), (50, 20, 8)]) / 100
     irises = np.array([(25, 15, 8), (35, 24, 12), (30, 42, 55), (35, 45, 28), (40, 44, 46)]) / 100
-    return dict(skin=skin, hair=hairs[rng.integers(2 if tone > .5 else 6)], lips=skin * [.99, .62, .62],
-                iris=irises[rng.integers(2 if tone > .5 else 5)], wall=hue((.1, .5), (.35, .85)),
-                wall2=hue((.1, .6), (.15, .75)), cloth=hue((.2, .8), (.2, .8)))
+    hair, iris = hairs[rng.integers(2 if tone > .5 else 6)], irises[rng.integers(2 if tone > .5 else 5)]
+    return dict(skin=skin, hair=hair, lips=skin * [.99, .62, .62], iris=iris, wall=hue((.1, .5), (.35, .85)), wall2=hue((.1, .6), (.15, .75)),
+                cloth=hue((.2, .8), (.2, .8)))
 
 
 def paint_scene(b, p, c, rng, volume):
@@ -378,16 +383,13 @@ def paint_scene(b, p, c, rng, volume):
     b.paint(np.clip(.5 + .3 * (b.y + rng.uniform(-1, 1) * b.x), 0, 1), c["wall2"])
     for _ in range(rng.integers(0, 7)):
         (x, y), r, kind = rng.uniform(-2, 2, 2), rng.uniform(.15, .6), rng.choice(["ellipse", "rectangle"])
-        shape = b.shape(kind, [(x - r, y - r), (x + r, y + r * rng.uniform(.3, 2))], rng.uniform(.01, .12))
-        b.paint(shape, rng.random(3), rng.uniform(.2, .7))
+        b.paint(b.shape(kind, [(x - r, y - r), (x + r, y + r * rng.uniform(.3, 2))], rng.uniform(.01, .12)), rng.random(3), rng.uniform(.2, .7))
     long, mirrored = rng.choice([.2, .3, .9, 1.6, 2.0]), lambda half: half + [(-x, y) for x, y in half[::-1]]
-    back = mirrored([(.2, top), (w * .8, top + .35), (w, -.1), (w, long), (.5, long + .2)])
-    b.paint(b.shape("polygon", back, .03), c["hair"] * .75)
-    neck = b.shape("polygon", mirrored([(.5, chin - .5), (.56, chin + .35), (.85, 3)]), .02)
-    b.paint(neck, c["skin"] * .80)
+    b.paint(b.shape("polygon", mirrored([(.2, top), (w * .8, top + .35), (w, -.1), (w, long), (.5, long + .2)]), .03), c["hair"] * .75)
+    b.paint(neck := b.shape("polygon", mirrored([(.5, chin - .5), (.56, chin + .35), (.85, 3)]), .02), c["skin"] * .80)
     b.paint(neck * b.shape("polygon", p[OVAL] + [0, .14, 0], .10), c["skin"] * .5, .7)    # the chin's shadow
-    body = [(.05, rng.uniform(.4, .7)), (.5, .3), (1.5, .55), (2.2, 1.1), (2.4, 3)]
-    b.paint(b.shape("polygon", np.add(mirrored(body), [0, chin]), .02), c["cloth"])
+    body = mirrored([(.05, rng.uniform(.4, .7)), (.5, .3), (1.5, .55), (2.2, 1.1), (2.4, 3)])
+    b.paint(b.shape("polygon", np.add(body, [0, chin]), .02), c["cloth"])
 
 
 def paint_eye(b, p, c, upper, lower):
@@ -440,10 +442,9 @@ def draw_face(seed):
     """Paint a face. Returns a picture (256, 256, 3) uint8 and its mesh (468, 3) in pixels, z too."""
     rng = np.random.default_rng(seed)
     p, c, volume, unit = bend_mesh(rng), palette(rng), rng.uniform(.16, .38), SIDE * rng.uniform(.215, .25)
-    origin = SIDE * np.array([rng.uniform(.48, .52), rng.uniform(.42, .46)])
-    b = Brush(unit, origin)
-    for part in (paint_scene, paint_head):
-        part(b, p, c, rng, volume)
+    b = Brush(unit, origin := SIDE * np.array([rng.uniform(.48, .52), rng.uniform(.42, .46)]))
+    paint_scene(b, p, c, rng, volume)
+    paint_head(b, p, c, rng, volume)
     grain = 1 + .02 * rng.standard_normal((SIDE, SIDE, 1)).repeat(FINE, 0).repeat(FINE, 1)
-    image = Image.fromarray(np.uint8(np.clip(b.picture * grain, 0, 1) * 255)).resize((SIDE, SIDE), Image.BOX)
-    return np.asarray(image), p * unit + [*origin, 0]
+    image = Image.fromarray(np.uint8(np.clip(b.picture * grain, 0, 1) * 255))
+    return np.asarray(image.resize((SIDE, SIDE), Image.BOX)), p * unit + [*origin, 0]

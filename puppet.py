@@ -1,13 +1,13 @@
 """Portraits + speech -> synthetic talking-head clips, so that training needs no footage of real people.
 
-A still portrait with its 468 face-mesh points becomes a puppet (drawn.py): the phones of a recording give six
-mouth parameters per frame, smooth random motion moves head, brows, eyes and lids. Nothing here is learnt.
+A still portrait with its 468 face-mesh points becomes a puppet (drawn.py): the phones of a recording give six mouth parameters per frame, smooth
+random motion moves head, brows, eyes and lids. Nothing here is learnt.
     python puppet.py --portraits DIR --speech DIR --out DIR --clips 300 --seconds 15.36 --workers 2
     python puppet.py --portraits drawn --out DIR --clips 20      drawn faces, synthesised speech: no downloads
-What comes out: NAME.mp4 (25 fps, 16 kHz speech), NAME.json (who says what), NAME.npz (face mask, mouth, pose,
-blinks, per frame), split.json (held-out faces and speakers). A second run makes only what is missing.
-Portraits: a folder of *.jpg, with portraits.npz in it or beside it: name, lm (n, 468, 3) in pixels, gap
-(between the lips, eye distances), yaw, pitch (degrees), eye_open (height / width).
+What comes out: NAME.mp4 (25 fps, 16 kHz speech), NAME.json (who says what), NAME.npz (face mask, mouth, pose, blinks, per frame), split.json
+(held-out faces and speakers). A second run makes only what is missing.
+Portraits: a folder of *.jpg, with portraits.npz in it or beside it: name, lm (n, 468, 3) in pixels, gap (between the lips, eye distances), yaw,
+pitch (degrees), eye_open (height / width).
 Speech: a folder of SPEAKER-*.flac, with NAME.tsv (start s, end s, IPA label) in it or in `phones` beside it.
 """
 import argparse
@@ -26,7 +26,7 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from drawn import BROWS, OVAL, Puppet, draw_face, smoothstep
@@ -35,10 +35,10 @@ from drawn import BROWS, OVAL, Puppet, draw_face, smoothstep
 FPS, RATE = 25, 16000           # frame i shows time (i + 0.5) / 25 s and has the samples [640 i, 640 (i + 1))
 GAP = 0.27  # inner-lip gap at opening 1, eye distances (real speakers: 0.05-0.25 on open vowels)
 DRAWN = 400     # drawn faces to choose from; not a function of --clips, or more clips would change the first
+BROKEN = ValueError, KeyError, EOFError, BadZipFile, zlib.error  # what np.load says of a file that is no .npz
 PLANNED = ("identity", "speaker", "seed", "size", "frames")    # what tells a clip of one plan from another
 KEYS = ("jaw_open", "lip_width", "lip_round", "lip_close", "teeth", "tongue")
-# phone: KEYS, then weight = how strongly the sound pulls its neighbours. Textbook phonetics; jaw_open and
-# weight were moved halfway to what fits the lips of GRID speaker 1 best.
+# phone: KEYS, then weight = how strongly it pulls its neighbours. Textbook phonetics; jaw_open, weight moved halfway to what fits GRID speaker 1.
 PHONES = {
     "sil": (0, 0, 0, .6, 0, 0, .45), "i": (.35, 1, 0, 0, 0, .3, .65), "ɪ": (.42, .65, 0, 0, 0, .2, .51), "ɛ": (.65, .55, 0, 0, 0, .15, .67),
     "æ": (.67, .6, 0, 0, 0, .15, .69), "ɑ": (.9, .2, 0, 0, 0, .05, .96), "ɔ": (.63, 0, .55, 0, 0, 0, .83), "ʊ": (.32, 0, .65, 0, 0, 0, .6),
@@ -56,10 +56,9 @@ GLIDES = {"eɪ": "ɪ", "aɪ": "ɪ", "ɔɪ": "ɪ", "aʊ": "ʊ", "oʊ": "ʊ"}     
 
 # ------------------------------------------------------------------------------------------------------ mouth
 def mouth_curves(phones, frames, blur=0.03):
-    """Coarticulation: a phone pulls with its weight and a Gaussian tail of `blur` s at both ends.
-    phones: [(start s, end s, label)]; returns (frames, 6) in [0, 1], columns KEYS, at times (i + 0.5) / 25.
-    p, b, m get a real closure on top: 1 within the sound and at the frame nearest its middle, gone in 60 ms.
-    Raises ValueError for a label that is not in PHONES."""
+    """Coarticulation: a phone pulls with its weight and a Gaussian tail of `blur` s at both ends. phones: [(start s, end s, label)]; returns
+    (frames, 6) in [0, 1], columns KEYS, at times (i + 0.5) / 25. p, b, m get a real closure on top: 1 within the sound and at the frame nearest its
+    middle, gone in 60 ms. Raises ValueError for a label that is not in PHONES."""
     t = (np.arange(frames) + .5) / FPS
     pull, total, closed = np.zeros((frames, 6)), np.full((frames, 1), 1e-6), np.zeros(frames)
     outside = lambda a, b, reach: np.maximum(np.abs(t - (a + b) / 2) - reach, 0)  # s from a sound
@@ -89,10 +88,9 @@ def coefficients(m, x, articulation=1.0):
     opening = np.clip(lip_opening(m) * articulation, 0, 1)
     bite = teeth * (1 - close)  # f, v: the lower lip meets the upper teeth, which show
     gap = GAP * opening + .035 * bite
-    return x | dict(jaw=.17 * articulation * jaw * (1 - .6 * close) - .012 * close, shut=np.ones_like(gap),
-                    lower=.76 * gap - .02 * bite, upper=.24 * gap + .02 * bite, tongue=tongue,
-                    wide=.055 * wide - .14 * round_ - .05 * opening,
-                    thick=.30 * round_ - .22 * close - .12 * bite)
+    return x | dict(jaw=.17 * articulation * jaw * (1 - .6 * close) - .012 * close, shut=np.ones_like(gap), tongue=tongue,
+                    lower=.76 * gap - .02 * bite, upper=.24 * gap + .02 * bite,
+                    wide=.055 * wide - .14 * round_ - .05 * opening, thick=.30 * round_ - .22 * close - .12 * bite)
 
 
 # ------------------------------------------------------------------------------------------------------- life
@@ -115,9 +113,8 @@ def blink_curve(rng, frames):
 
 
 def life(rng, frames, energy, yaw=0.0):
-    """Head, eyes and brows: smooth random motion that rises a little with speech energy (frames,) in [0, 1].
-    Returns a dict of (frames,): yaw pitch roll (rad), lid (0-1), tx ty brow gaze_x gaze_y (eye distances).
-    `yaw` (rad): how far the portrait itself is turned; heads prefer to turn back to the camera."""
+    """Head, eyes and brows: smooth random motion that rises a little with speech energy (frames,) in [0, 1]. Returns a dict of (frames,): yaw pitch
+    roll (rad), lid (0-1), tx ty brow gaze_x gaze_y (eye distances). `yaw` (rad): how far the portrait is turned; heads prefer to turn back."""
     size, more, nod = rng.uniform(.7, 1.3), .75 + .5 * energy, .03 * (energy - energy.mean())
     def motion(amount, slow, fast, limit, bias=0.0):
         noise = smooth_noise(rng, frames, slow) + .35 * smooth_noise(rng, frames, fast)
@@ -134,7 +131,7 @@ def life(rng, frames, energy, yaw=0.0):
 
 # ------------------------------------------------------------------------------------------------------ faces
 def read_portraits(folder):
-    """Usable portraits: lips closed, eyes open, heads not turned far. Dicts: path, name, lm, yaw, pitch, sex.
+    """Usable portraits: lips closed, eyes open, heads not turned far. Dicts: path, name, lm, yaw, pitch, sex, look.
     Raises FileNotFoundError without portraits.npz, ValueError if nothing in it is usable."""
     table = next((d / "portraits.npz" for d in (folder, folder.parent) if (d / "portraits.npz").is_file()), 0)
     if not table:
@@ -143,14 +140,13 @@ def read_portraits(folder):
         with np.load(table, allow_pickle=False) as f:
             d = {k: f[k] for k in ("name", "lm", "gap", "yaw", "pitch", "eye_open")}
             d["sex"] = f["sex_est"] if "sex_est" in f else np.full(len(d["gap"]), "")
-    except (ValueError, KeyError, EOFError, BadZipFile, zlib.error) as e:
+    except BROKEN as e:
         raise ValueError(f"{table} is broken or no table of portraits: {e}") from None
     keep = (d["gap"] < .035) & (np.abs(d["yaw"]) < 18) & (np.abs(d["pitch"]) < 18) & (d["eye_open"] > .20)
     path = lambda i: folder / str(d["name"][i])
-    some = [dict(path=path(i), name=path(i).stem, lm=d["lm"][i].astype(float), yaw=float(d["yaw"][i]),
-                 pitch=float(d["pitch"][i]), sex=str(d["sex"][i]))
-            for i in np.flatnonzero(keep) if path(i).is_file()]
-    found = [face for face in some if fits(*load_face(face))]
+    some = [dict(path=path(i), name=path(i).stem, lm=d["lm"][i].astype(float), yaw=float(d["yaw"][i]), pitch=float(d["pitch"][i]),
+                 sex=str(d["sex"][i])) for i in np.flatnonzero(keep) if path(i).is_file()]
+    found = [face | {"look": look(*load_face(face))} for face in some if fits(*load_face(face))]
     print(f"portraits: {len(found)} ({len(some) - len(found)} left out: no clear mouth line, or brows on the lids)")
     if not found:
         raise ValueError(f"no usable portrait in {folder}: lips must be closed (gap < 0.035) and eyes open")
@@ -173,8 +169,21 @@ def fits(image, points):
         return False
 
 
+def look(image, points):
+    """Grey levels (432,) at the mesh points inside the oval, blurred, mean 0, deviation 1: light, brows, beard, glasses."""
+    grey = np.asarray(Image.fromarray(image).convert("L").filter(ImageFilter.GaussianBlur(2)), float)
+    x, y = np.delete(points, OVAL, 0)[:, :2].round().astype(int).clip(0, len(image) - 1).T
+    return (grey[y, x] - grey[y, x].mean()) / (grey[y, x].std() + 1e-6)
+
+
+def alike(a, b):
+    """Whether two faces of a plan blend without ghosts: ahead, and of about the same look, pose and sex."""
+    other = .02 * sum(abs(a[k] - b[k]) for k in ("yaw", "pitch")) + .3 * (a["sex"] != b["sex"])
+    return a is not b and max(abs(a["yaw"]), abs(b["yaw"])) < 8 and np.abs(a["look"] - b["look"]).mean() + other < .62
+
+
 def spline_warp(image, dst, src):
-    """Warp image (H, H, 3) float32 so that points src (k, 2) go to dst (k, 2): a thin-plate spline."""
+    """Warp image (H, H, 3) float32 so that points src (k, 2) go to dst (k, 2): a thin-plate spline. -> (1, 3, H, H)"""
     side, k = len(image), len(dst)
     dst, src = dst / side * 2 - 1, src / side * 2 - 1
     r2 = lambda a, b: ((a[:, None] - b) ** 2).sum(-1)
@@ -182,17 +191,15 @@ def spline_warp(image, dst, src):
     plane = lambda a: np.concatenate([np.ones((len(a), 1)), a], 1)
     system = np.block([[bend(dst) + 1e-2 * np.eye(k), plane(dst)], [plane(dst).T, np.zeros((3, 3))]])
     weights = np.linalg.solve(system, np.concatenate([src, np.zeros((3, 2))]))
-    v = (np.arange(64) + .5) / 32 - 1
-    at = np.stack(np.meshgrid(v, v), -1).reshape(-1, 2)
+    at = np.stack(np.meshgrid(*[(np.arange(64) + .5) / 32 - 1] * 2), -1).reshape(-1, 2)
     grid = torch.tensor((np.concatenate([bend(at), plane(at)], 1) @ weights).T.reshape(1, 2, 64, 64)).float()
     grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False).movedim(1, -1)
-    x = torch.from_numpy(image).movedim(-1, 0)[None]
-    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)[0].movedim(0, -1).numpy()
+    return F.grid_sample(torch.from_numpy(image).movedim(-1, 0)[None], grid, padding_mode="reflection", align_corners=False)
 
 
 def morph(a, b, weight):
-    """The face (1 - weight) A + weight B on the head of A. a, b, result: image (H, H, 3), points (468, 3).
-    Both pictures are warped to the mixed mesh, B takes A's skin colour, they are blended in the face oval."""
+    """The face (1 - weight) A + weight B on the head of A. a, b, result: image (H, H, 3), points (468, 3). Both are warped to the mixed mesh; B takes
+    A's colour and shade, place by place; they blend in the inner face."""
     (ia, pa), (ib, pb) = a, b
     side, z = len(ia), lambda p: p[:, 0] + 1j * p[:, 1]
     xy = lambda z: np.stack([z.real, z.imag], 1)
@@ -206,16 +213,14 @@ def morph(a, b, weight):
     wa = spline_warp(np.float32(ia), dst, np.concatenate([pa[:, :2], rim]))
     wb = spline_warp(np.float32(ib), dst, np.concatenate([pb[:, :2], xy((z(rim) - al) / turn + bl)]))
     mask, oval, brow = Image.new("L", (side, side)), mixed[OVAL, :2], mixed[BROWS[0][0] + BROWS[1][0], 1].min()
-    shrink = np.where(oval[:, 1:] < brow, .8, .93)          # B's fringe stays out
-    ImageDraw.Draw(mask).polygon([tuple(v) for v in oval.mean(0) + shrink * (oval - oval.mean(0))], fill=255)
-    inside = np.asarray(mask) > 0
-    sa, sb = wa[inside], wb[inside]
-    wb = (wb - sb.mean(0)) * np.clip(sa.std(0) / (sb.std(0) + 1e-3), .6, 1.6) + sa.mean(0)
-    soft = torch.from_numpy(np.float32(inside))[None, None]
-    for size in (17, 9):
-        soft = F.avg_pool2d(soft, size, 1, size // 2)
-    mix = wa + weight * soft[0, 0, :, :, None].numpy() * (wb - wa)
-    return np.clip(mix, 0, 255).round().astype(np.uint8), mixed
+    shrink = np.where(oval[:, 1:] < brow, .75, .85)         # B's fringe stays out
+    ImageDraw.Draw(mask).polygon([tuple(v) for v in oval.mean(0) + shrink * (oval - oval.mean(0))], fill=1)
+    inside = torch.from_numpy(np.float32(mask))[None, None]
+    few = lambda x, n: F.avg_pool2d(F.interpolate(x, (n, n), mode="area"), 3, 1, 1)         # blurred, n x n
+    blur = lambda x, n: F.interpolate(few(x, n), (side, side), mode="bicubic", align_corners=False)
+    low = lambda x: blur(x * inside, 16) / (blur(inside, 16) + .02)
+    mix = wa + weight * blur(inside, 32) * (wb - low(wb) + low(wa) - wa)
+    return mix[0].movedim(0, -1).clamp(0, 255).round().byte().numpy(), mixed
 
 
 def jitter(rng, image, points):
@@ -223,9 +228,8 @@ def jitter(rng, image, points):
     side, scale = len(image), rng.uniform(.90, 1)
     x0, y0 = rng.uniform(.15, .85, 2) * (1 - scale) * side
     box = (x0, y0, x0 + scale * side, y0 + scale * side)
-    crop = Image.fromarray(image).resize((side, side), Image.BICUBIC, box)
     points = (points - [x0, y0, 0]) / scale
-    x = np.asarray(crop, np.float32) / 255
+    x = np.asarray(Image.fromarray(image).resize((side, side), Image.BICUBIC, box), np.float32) / 255
     grey = x.mean(-1, keepdims=True)
     x = np.clip(grey + (x - grey) * rng.uniform(.75, 1.2), 0, 1)                        # saturation
     x = x ** rng.uniform(.8, 1.25) * rng.uniform(.88, 1.1) * rng.uniform(.95, 1.05, 3)  # exposure, white
@@ -260,9 +264,8 @@ def read_speech(folder):
 
 
 def assemble_speech(rng, recordings, frames):
-    """One speaker's recordings from some pause on, one after another with short pauses, `frames` long.
-    Returns audio (frames * 640,) float32, phones, and the pieces [(file, start in it, place in the clip)], s.
-    Raises ValueError for a recording that is not 16 kHz mono."""
+    """One speaker's recordings from some pause on, one after another with short pauses, `frames` long. Returns audio (frames * 640,) float32,
+    phones, and the pieces [(file, start in it, place in the clip)], s. Raises ValueError for a recording that is not 16 kHz mono."""
     audio, phones, pieces, at = np.zeros(frames * RATE // FPS, np.float32), [], [], 0  # at: samples so far
     order = rng.permutation(len(recordings))
     while at < len(audio):
@@ -298,8 +301,7 @@ def loudness(audio, frames):
 def write_mp4(path, frames, audio):
     """frames (N, S, S, 3) uint8, audio (N * 640,) float32 -> H.264 + AAC. One thread: same bytes."""
     with av.open(str(path), "w", format="mp4") as out:
-        options = {"crf": "15", "preset": "veryfast", "threads": "1"}
-        video = out.add_stream("libx264", rate=FPS, options=options)
+        video = out.add_stream("libx264", rate=FPS, options={"crf": "15", "preset": "veryfast", "threads": "1"})
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         sound = out.add_stream("aac", rate=RATE, layout="mono")
         sound.bit_rate = 96000
@@ -326,19 +328,17 @@ def make_clip(job):
     x = life(rng, frames, loudness(audio, frames), job["yaw"])
     video, mask, gap = puppet.render(coefficients(m, x, rng.uniform(.85, 1.2)))
     pose = np.stack([x[k] for k in ("yaw", "pitch", "roll", "tx", "ty")], 1)
-    oval = points[OVAL, :2] * size / len(image)
-    (x0, y0), (x1, y1) = oval.min(0), oval.max(0)
+    (x0, y0), (x1, y1) = (f(points[OVAL, :2], 0) * size / len(image) for f in (np.min, np.max))
     if job["mirror"]:
         video, mask, pose = video[:, :, ::-1], mask[:, :, ::-1], pose * [-1, 1, -1, -1, 1]
         x0, x1 = size - x1, size - x0
     portraits = [[f["name"], w] for f, w in zip(job["faces"], (round(1 - weight, 2), weight))]
     meta = {k: job[k] for k in PLANNED} | dict(
-        mirror=job["mirror"], fps=FPS, recording=pieces[0][0], start=pieces[0][1], portraits=portraits,
-        mouth=KEYS, pieces=pieces, phones=[(round(s, 3), round(e, 3), p) for s, e, p in phones])
-    arrays = dict(mouth=m, opening=np.clip(gap / GAP, 0, 1), gap=gap, pose=pose, blink=x["lid"])
-    arrays = {k: np.asarray(v, np.float32) for k, v in (arrays | {"box": [x0, y0, x1, y1]}).items()}
+        mirror=job["mirror"], fps=FPS, recording=pieces[0][0], start=pieces[0][1], portraits=portraits, mouth=KEYS, pieces=pieces,
+        phones=[(round(s, 3), round(e, 3), p) for s, e, p in phones])
+    arrays = dict(mouth=m, opening=np.clip(gap / GAP, 0, 1), gap=gap, pose=pose, blink=x["lid"], box=[x0, y0, x1, y1])
     base = str(Path(job["out"]) / job["name"])
-    np.savez_compressed(base + ".part.npz", mask=mask, **arrays)
+    np.savez_compressed(base + ".part.npz", mask=mask, **{k: np.asarray(v, np.float32) for k, v in arrays.items()})
     Path(base + ".part.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
     write_mp4(base + ".part.mp4", video, audio)
     Path(base + ".mp4").unlink(missing_ok=True)             # an old video never stands under new labels
@@ -358,8 +358,8 @@ def is_made(base, job):
 
 
 def plan(args, faces, speakers):
-    """Decide clip k from the seed and k alone: more clips leave the first as they are. Returns (jobs, split).
-    Every 12th is validation, with faces and speakers of its own. Half (of faces turned < 8 degrees) are morphs."""
+    """Decide clip k from the seed and k alone: more clips leave the first as they are. Returns (jobs, split). Every 12th is validation, with faces
+    and speakers of its own. A face with look-alikes (alike, in its own part of the split) is morphed with one in half of its clips."""
     rng = np.random.default_rng(args.seed)
     mixed = lambda items: [items[i] for i in rng.permutation(len(items))]
     faces, voices = mixed(faces), mixed(sorted(speakers))
@@ -370,28 +370,28 @@ def plan(args, faces, speakers):
         pool, said = (x[:cut(x)] if part == "val" else x[cut(x):] for x in (faces, voices))
         n, r = len(split[part]), np.random.default_rng([args.seed, k, 0])
         a = pool[n % len(pool)]
-        far = lambda b, a=a: sum(abs(a[k] - b[k]) for k in ("yaw", "pitch")) + 30 * (a["sex"] != b["sex"])
-        ahead = lambda b, a=a: b is not a and max(abs(a["yaw"]), abs(b["yaw"])) < 8
-        others = [pool[i] for i in r.permutation(len(pool)) if ahead(pool[i])][:8]
+        others = [pool[i] for i in r.permutation(len(pool)) if alike(a, pool[i])]
         chosen, weight = [a], 0.0
         if others and r.random() < .5:
-            chosen, weight = [a, min(others, key=far)], round(r.uniform(.3, .8), 2)
+            chosen, weight = [a, others[0]], round(r.uniform(.3, .7), 2)
         turned = sum(f["yaw"] * w for f, w in zip(chosen, (1 - weight, weight)))
         jobs.append(dict(
-            index=k, name=f"puppet_{k:05d}", out=str(args.out), seed=args.seed, size=args.size, faces=chosen,
-            identity="+".join(f["name"] for f in chosen) + (f"@{weight}" if weight else ""), weight=weight,
-            yaw=np.deg2rad(turned), mirror=bool(r.random() < .5), frames=round(args.seconds * FPS),
-            speaker=said[n % len(said)], recordings=speakers[said[n % len(said)]]))
+            index=k, name=f"puppet_{k:05d}", out=str(args.out), seed=args.seed, size=args.size, frames=round(args.seconds * FPS), faces=chosen,
+            identity="+".join(f["name"] for f in chosen) + (f"@{weight}" if weight else ""), weight=weight, yaw=np.deg2rad(turned),
+            mirror=bool(r.random() < .5), speaker=said[n % len(said)], recordings=speakers[said[n % len(said)]]))
         split[part].append(jobs[-1]["name"])
     return jobs, split
 
 
 def report(out, jobs):
-    """Print how much the puppets move: a model must not be able to win by freezing."""
-    keys, got = ("pose", "blink", "gap"), []
-    for job in jobs:
-        with np.load(out / f"{job['name']}.npz", allow_pickle=False) as f:
-            got.append([f[k] for k in keys])
+    """Print how much the puppets move: a model must not be able to win by freezing. Raises ValueError for a broken NAME.npz."""
+    got = []
+    for path in (out / f"{job['name']}.npz" for job in jobs):
+        try:
+            with np.load(path, allow_pickle=False) as f:
+                got.append([f[k] for k in ("pose", "blink", "gap")])
+        except BROKEN as e:
+            raise ValueError(f"{path} is broken ({e}): remove it and run again") from None
     pose, blink, gap = (np.concatenate(v) for v in zip(*got))
     spread = lambda v, form: ", ".join(f"{p} % {np.percentile(v, p):{form}}" for p in (5, 25, 50, 75, 95))
     for i, name in enumerate(("yaw", "pitch", "roll")):
@@ -406,7 +406,7 @@ def report(out, jobs):
 def run(args):
     """Plan, make what is missing, report. Raises OSError or ValueError for bad input."""
     speakers = read_speech(args.speech)
-    drawn = lambda i: dict(path=None, seed=[args.seed, i], name=f"drawn{args.seed}_{i}", yaw=0., pitch=0., sex="")
+    drawn = lambda i: dict(path=None, seed=[args.seed, i], name=f"drawn{args.seed}_{i}", yaw=0., pitch=0., sex="", look=0.)
     faces = map(drawn, range(DRAWN)) if args.portraits == "drawn" else read_portraits(Path(args.portraits))
     jobs, split = plan(args, list(faces), speakers)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -141,6 +141,20 @@ def test_shut_lid_hides_the_eye(face):
     assert eye[0].max() - eye[1].max() > 40 and (eye[0] == eye[2]).all()
 
 
+def test_shut_lid_is_skin_whatever_is_painted_above_the_eye(face):
+    """Make-up and lashes above an open eye would be stretched to streaks over the shut one: the lid is painted with skin."""
+    image, points = face
+    doll = drawn.Puppet(image, points, 128)
+    xs, top, way, _ = doll.lids[0]
+    at = lambda f, side: ((doll.origin + np.stack([xs[8:25], (top + f * way)[8:25]], 1) @ doll.axes * doll.unit) * side).astype(int).T
+    made_up = image.copy()
+    for f in np.linspace(-.35, 0, 20):
+        made_up[tuple(at(f, 256)[::-1])] = 0
+    _, (shut,), *_ = frames_of((made_up, points), 128, lid=[1])
+    skin, lid = image[tuple(at(-.6, 256)[::-1])].mean(), shut[tuple(at(.4, 128)[::-1])].mean()
+    assert lid > .75 * skin, (lid, skin)
+
+
 def test_life_has_natural_blinks_and_does_not_freeze():
     """Blinks are 2-8 s apart and last 2-6 frames; the head moves by degrees, or freezing would win."""
     x = puppet.life(np.random.default_rng(0), 25 * 300, np.full(25 * 300, .5))
@@ -191,7 +205,7 @@ def test_same_seed_same_bytes_and_a_restart_makes_only_what_is_missing(folder):
 
 def test_validation_shares_no_face_and_no_speaker_with_training():
     """Held out means: neither the portrait (also not inside a morph) nor the voice occurs in training."""
-    faces = [dict(path=None, seed=i, name=f"f{i}", yaw=0., pitch=0., sex="") for i in range(60)]
+    faces = [dict(path=None, seed=i, name=f"f{i}", yaw=0., pitch=0., sex="", look=0.) for i in range(60)]
     args = Namespace(seed=0, clips=100, seconds=2, size=64, out=Path())
     jobs, split = puppet.plan(args, faces, {f"s{i}": [] for i in range(30)})
     seen = {part: ({f["name"] for j in jobs if j["name"] in split[part] for f in j["faces"]},
@@ -236,13 +250,22 @@ def test_bad_input_is_one_clear_line(tmp_path, capsys):
 
 def test_more_clips_leave_the_first_ones_as_they_are():
     """Clip k follows from the seed and k alone, so --clips can grow and a second run makes only the rest."""
-    faces = [dict(path=None, seed=i, name=f"f{i}", yaw=i % 20 - 10., pitch=0., sex="") for i in range(60)]
+    faces = [dict(path=None, seed=i, name=f"f{i}", yaw=i % 20 - 10., pitch=0., sex="", look=0.) for i in range(60)]
     plans = [puppet.plan(Namespace(seed=0, clips=n, seconds=2, size=64, out=Path()), faces,
                          {f"s{i}": [] for i in range(30)}) for n in (50, 100)]
     assert plans[0][0] == plans[1][0][:50]
     assert set(plans[0][1]["val"]) == {f"puppet_{k:05d}" for k in range(5, 50, 12)} < set(plans[1][1]["val"])
     morphs = [j["faces"] for j in plans[1][0] if j["weight"]]
     assert len(morphs) > 15 and max(abs(f["yaw"]) for pair in morphs for f in pair) < 8
+
+
+def test_morphs_are_made_of_faces_that_look_alike():
+    """Two unlike faces (beard and none) would show through each other: only look-alikes mix, half of the time."""
+    looks = [np.float64([1, -1] * 216), np.float64([-1, 1] * 216)]
+    faces = [dict(path=None, seed=i, name=f"f{i}", yaw=0., pitch=0., sex="", look=looks[i % 2]) for i in range(60)]
+    jobs, _ = puppet.plan(Namespace(seed=0, clips=400, seconds=2, size=64, out=Path()), faces, {f"s{i}": [] for i in range(30)})
+    pairs = [j["faces"] for j in jobs if j["weight"]]
+    assert .42 < len(pairs) / len(jobs) < .58 and all(a["look"] is b["look"] and a is not b for a, b in pairs)
 
 
 def test_a_killed_run_leaves_no_old_video_under_new_labels(tmp_path, monkeypatch):
@@ -284,7 +307,7 @@ def test_the_phones_of_a_clip_are_where_its_sound_is(tmp_path, seed, start):
 
 def test_mirrored_clips_mirror_everything(tmp_path, monkeypatch):
     """Video, mask, box and pose of a mirrored clip are the reflection of the same clip unmirrored."""
-    faces = [dict(path=None, seed=[0, 3], name="f", yaw=0., pitch=0., sex="")]
+    faces = [dict(path=None, seed=[0, 3], name="f", yaw=0., pitch=0., sex="", look=0.)]
     speech = puppet.read_speech(SPEECH)
     args = Namespace(seed=0, clips=1, seconds=1, size=64, out=tmp_path)
     (job,), _ = puppet.plan(args, faces, speech)
@@ -368,6 +391,11 @@ def test_broken_files_are_named(tmp_path, capsys):
     for content in (b"", b"PK\x03\x04 cut"):
         (tmp_path / "faces" / "portraits.npz").write_bytes(content)
         assert "portraits.npz" in line(*out, "--portraits", tmp_path / "faces")
+    for content in ("", "PK cut"):      # what a full disk leaves of a finished clip
+        puppet.main([*map(str, out)])
+        (tmp_path / "out" / "puppet_00000.npz").write_text(content)
+        assert "puppet_00000.npz" in line(*out)
+        (tmp_path / "out" / "puppet_00000.npz").unlink()
     for end, content in (("mp4", ""), ("npz", ""), ("json", "[]")):
         (tmp_path / "out" / f"puppet_00000.{end}").write_text(content)
     assert "puppet_00000.json" in line(*out)
