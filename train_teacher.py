@@ -85,7 +85,7 @@ PRESETS = {"tiny": TeacherConfig(),
            "wan-1.3b": TeacherConfig(network="wan-1.3b", steps=15000, batch=64, micro=1, lr=1e-5, warmup=500, decay=0.1, ema=0.9999, shift=5.0,
                                      checkpointing=True, every=500, minutes=30.0)}
 NETWORKS = dit.PRESETS | {"debug": DiTConfig(dim=192, ffn_dim=384, heads=4, layers=3, audio_tokens=4, audio_hidden=64)}
-FREE = ("steps", "latents", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
+FREE = ("steps", "latents", "ema", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)    # noise levels of the validation loss
 
 # ------------------------------------------------------------------------------------------------------------- equations

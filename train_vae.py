@@ -2,6 +2,7 @@
 
     python vae.py --data PUPPETS GRID PORTRAITS --out weights/tiny          two cores: about 2 hours; runs/vae holds checkpoint, log and strip
     python vae.py --init weights/tiny --steps 4000 --lr 8e-4 --data ...     from trained weights: longer, steadier
+    python vae.py --init weights/tiny --decoder-only ...                    from trained weights, their latents left as they are
     python vae.py --evaluate --data PUPPETS GRID --out weights/tiny         held-out clips -> the figures of vae_metrics.json
 
 The course goes from easy to real: pictures first, where only the last tap of every temporal kernel acts (an image autoencoder: many
@@ -33,10 +34,11 @@ def spatial_gradient(x):
 
 
 def vae_loss(vae, inputs, video, cfg, generator):
-    """inputs, video (B, 3, T, H, W) -> loss, dict of its parts, output. L1 + L1 of the spatial and temporal gradients + a small KL.
+    """inputs, video (B, 3, T, H, W) -> loss, its parts, output. L1 + L1 of gradients in space and time and of 8 x 8 means + a small KL.
 
-    The gradient terms cost sharp edges and flicker more than plain L1 does; KL only keeps the latents in a smooth, bounded cloud
-    (latent diffusion, arXiv 2112.10752): its weight is so small that the noise it asks for stays below what the eye sees."""
+    Means over 8 x 8 pixels weigh colour, which L1 gives away first: green hair came out grey. The gradient terms cost sharp edges and
+    flicker more than plain L1 does; KL only keeps the latents in a smooth, bounded cloud (latent diffusion, arXiv 2112.10752): its weight
+    is so small that the noise it asks for stays below what the eye sees."""
     mu, logvar = vae.posterior(inputs)
     mu, logvar = mu.float(), logvar.float().clamp(-20, 10)
     eps = torch.randn(mu.shape, generator=generator)
@@ -45,9 +47,10 @@ def vae_loss(vae, inputs, video, cfg, generator):
     l1 = (out - video).abs().mean()
     edges = sum((a - b).abs().mean() for a, b in zip(spatial_gradient(out), spatial_gradient(video)))
     flicker = ((out.diff(dim=2) - video.diff(dim=2)).abs().mean() if video.shape[2] > 1 else l1 * 0)
+    colour = F.avg_pool3d(out - video, (1, 8, 8)).abs().mean()
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
-    loss = l1 + cfg.edges * edges + cfg.flicker * flicker + cfg.kl * kl
-    return loss, dict(l1=l1, edges=edges, flicker=flicker, kl=kl), out
+    loss = l1 + cfg.edges * edges + cfg.flicker * flicker + cfg.colour * colour + cfg.kl * kl
+    return loss, dict(l1=l1, edges=edges, flicker=flicker, colour=colour, kl=kl), out
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
@@ -60,10 +63,12 @@ class TrainConfig:
     warmup: int = 300               # steps
     edges: float = 0.5              # weight of the spatial-gradient term
     flicker: float = 1.0            # weight of the temporal-gradient term
+    colour: float = 1.0             # weight of the term for means over 8 x 8 pixels
     kl: float = 1e-4                # weight of the KL term, mean over latents
     ema: float = 0.999              # decay of the averaged weights that are shipped
     seed: int = 0
     minutes: float = 5.0            # between checkpoints
+    decoder_only: bool = False      # with --init: latents stay what they are, so that what was trained on them goes on working
     compile: bool = False           # torch.compile: a third faster, after three minutes for every stage of the course
 
 
@@ -159,7 +164,7 @@ def load_checkpoint(path, vae, ema, opt, rounds):
 
 
 def export(folder, vae, ema, clips):
-    """Measure mean and std of the latents, then write vae.safetensors (float16) and the "vae" part of config.json."""
+    """Measure mean and std of the clips' latents (no clips: keep them), then write vae.safetensors (float16) and the "vae" part of config.json."""
     averaged = WanVAE(vae.config).eval()                                        # (a compiled network would compile again for these shapes)
     averaged.load_state_dict(ema)
     total, square, n = 0, 0, 0
@@ -168,9 +173,11 @@ def export(folder, vae, ema, clips):
             T = min(17, (len(clip.frames) - 1) // 4 * 4 + 1)
             mu = averaged.posterior(pixels(clip.frames[:T]))[0].double()
             total, square, n = total + mu.sum((0, 2, 3, 4)), square + mu.square().sum((0, 2, 3, 4)), n + mu[:, 0].numel()
-    mean = total / n
-    std = (square / n - mean ** 2).sqrt()
-    config = asdict(vae.config) | {"latents_mean": [round(x, 4) for x in mean.tolist()], "latents_std": [round(x, 4) for x in std.tolist()]}
+    config = asdict(vae.config)
+    if clips:
+        mean = total / n
+        std = (square / n - mean ** 2).sqrt()
+        config |= {"latents_mean": [round(x, 4) for x in mean.tolist()], "latents_std": [round(x, 4) for x in std.tolist()]}
     write_safetensors(folder / "vae.safetensors", {k: v.half() for k, v in ema.items()}, {"class": "WanVAE"})
     path = folder / "config.json"
     every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -187,9 +194,13 @@ def train(cfg, config, folders, out, resume, init=None):
     vae, course, rounds = WanVAE(config), COURSE, Rounds()
     inflate(vae)
     if init:
-        vae.load_state_dict(load_vae(init).state_dict())
+        trained = load_vae(init)
+        vae = WanVAE(trained.config)
+        vae.load_state_dict(trained.state_dict())
         course = POLISH
-    opt = torch.optim.AdamW(vae.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    if cfg.decoder_only:
+        vae.encoder.requires_grad_(False), vae.conv1.requires_grad_(False)
+    opt = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     ema = {k: v.clone() for k, v in vae.state_dict().items()}
     if cfg.compile:
         vae.encoder.compile(dynamic=False)
@@ -235,7 +246,7 @@ def train(cfg, config, folders, out, resume, init=None):
             clock, seen = time.time(), 0
     moving = [[c for c in clips if len(c.frames) > 1] for clips in folders]     # the statistics are those of clips, from every folder alike
     least = min(len(clips) for clips in moving if clips)
-    export(out, vae, ema, sum((clips[:least] for clips in moving), []))
+    export(out, vae, ema, [] if cfg.decoder_only else sum((clips[:least] for clips in moving), []))
 
 
 def inflate(vae):
@@ -353,7 +364,7 @@ def main(argv=None):
     parser.add_argument("--clips", type=int, default=20, help="clips of a folder that --evaluate looks at")
     for field in fields(TrainConfig):
         kind = {"action": "store_true"} if field.default is False else {"type": type(field.default), "default": field.default}
-        parser.add_argument(f"--{field.name}", **kind)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **kind)
     args = parser.parse_args(argv)
     try:
         if args.cache and len(args.cache) != len(args.data):

@@ -204,6 +204,21 @@ def test_clips_go_round_and_come_back_to_their_first_input():
     assert torch.equal(inputs, torch.zeros(2, 3, 5, 16, 16))                # another shape: the pool starts anew
 
 
+def test_the_decoder_can_be_trained_alone(tmp_path, monkeypatch):
+    """decoder_only leaves every latent as it was, bit for bit: a generator trained on them needs no new training."""
+    from safetensors.torch import load_file
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(T, "COURSE", COURSE)
+    monkeypatch.setattr(T, "POLISH", COURSE[1:])
+    config = replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
+    T.train(T.TrainConfig(steps=2), config, [moving_clips()], tmp_path / "a", resume=False)
+    T.train(T.TrainConfig(steps=2, warmup=1, decoder_only=True), config, [moving_clips()], tmp_path / "b", resume=False, init=tmp_path / "a")
+    a, b = (load_file(tmp_path / x / "vae.safetensors") for x in "ab")
+    assert {k for k in a if not torch.equal(a[k], b[k])} >= {"decoder.conv1.weight", "decoder.head.2.weight"}
+    assert all(torch.equal(a[k], b[k]) for k in a if k.startswith(("encoder.", "conv1.")))
+    assert (tmp_path / "a/config.json").read_bytes() == (tmp_path / "b/config.json").read_bytes()
+
+
 def test_exported_weights_load_and_normalise(tmp_path, monkeypatch):
     """What train() ships is what load_vae() reads, and its latents have mean 0, standard deviation 1."""
     monkeypatch.chdir(tmp_path)
