@@ -1,12 +1,12 @@
 """Recording -> Wav2Vec2 hidden states at 25 fps -> the audio tokens of every latent frame. Paper section 3.1.
 
-The DiT never hears a waveform. A frozen Wav2Vec2 turns 16 kHz sound into hidden states, one vector per video
-frame and layer; a latent is told about its own frames and two more on each side. In the order of this file:
+The DiT never hears a waveform. A frozen Wav2Vec2 turns 16 kHz sound into hidden states, one vector per video frame and layer; a latent is told
+about its own frames and two more on each side. In the order of this file:
     load_audio          any file -> 16 kHz mono
     AudioEncoder        8 s of sound -> (frames, layers, dim); stretched to 25 fps *before* the transformer
     AudioProjection     5 or 8 neighbouring frames -> S tokens per latent; trained together with the DiT
-The full-size preset uses facebook/wav2vec2-base-960h, the tiny one a small network of the same class. The
-rest of the file trains that one to name the phone in every frame, and measures it on speakers it never heard:
+The full-size preset uses facebook/wav2vec2-base-960h, the tiny one a small network of the same class. The rest of the file trains that one to
+name the phone in every frame, and measures it on speakers it never heard:
     python audio.py --speech DIR --phones DIR               -> weights/tiny/wav2vec2 (--resume after a kill)
     python audio.py --speech DIR --phones DIR --evaluate    -> figures, metrics.json
 Shapes: B batch, T pixel frames, F latent frames, S tokens per latent, L layers, A width of a hidden state.
@@ -46,7 +46,7 @@ def _blocks(path):
         file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError:
         file = None
-    while file and len(block := file.read(1 << 18, dtype="float32", always_2d=True)):
+    while file and len(block := file.read((1 << 18) // file.channels, dtype="float32", always_2d=True)):
         yield file.samplerate, block
     if file:
         return file.close()
@@ -55,8 +55,9 @@ def _blocks(path):
             raise ValueError(f"{path} has no sound track")
         to_float = av.AudioResampler(format="flt")                          # changes the sample format only
         for i, frame in enumerate(container.decode(audio=0)):
-            if i == 0 and frame.time and frame.time > 0:                    # starts later than the picture
-                yield frame.sample_rate, np.zeros((round(frame.time * frame.sample_rate), 1), np.float32)
+            late = (frame.time or 0) - max(0, container.start_time or 0) / av.time_base
+            if i == 0 and 0 < late < 300:                                   # than the picture, s; more is a broken clock
+                yield frame.sample_rate, np.zeros((round(late * frame.sample_rate), 1), np.float32)
             for part in to_float.resample(frame):
                 yield part.sample_rate, part.to_ndarray().reshape(-1, part.layout.nb_channels)
 
@@ -65,6 +66,8 @@ def _to_16k(blocks, path):
     """Blocks of any rate -> 16 kHz mono pieces. swresample's windowed sinc drops what 16 kHz cannot hold."""
     resampler, pieces, rate = av.AudioResampler(format="flt", layout="mono", rate=RATE), [], None
     for rate, block in blocks:
+        if rate < 4000:
+            raise ValueError(f"{path} has {rate} samples a second: damaged, or too few for speech")
         if not np.isfinite(block).all():
             raise ValueError(f"{path} contains NaN or infinite samples")
         frame = av.AudioFrame.from_ndarray(block.mean(1, dtype=np.float32)[None], format="flt", layout="mono")
@@ -133,8 +136,7 @@ class AudioEncoder:
         logging.set_verbosity_error()                       # lists what is left over (base-960h has a head
         logging.disable_progress_bar()                      # for letters), and draws bars
         try:
-            model, found = Wav2Vec2Model.from_pretrained(
-                str(name_or_path), dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+            model, found = Wav2Vec2Model.from_pretrained(str(name_or_path), dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         except Exception as error:                          # hub, json, wrong sizes, broken files ...
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"cannot load a Wav2Vec2 from {name_or_path}: {reason}") from None
@@ -188,8 +190,8 @@ class AudioProjection(nn.Module):
         return self.norm(self.shared(x).unflatten(-1, (self.tokens, self.width)))              # (B, F, S, D)
 
 # --------------------------------------------------------------------------------------------------- training
-# The small encoder learns which phone is spoken in every video frame. The phone is not the aim: hidden states
-# that know it know the mouth. Phones whose mouths look alike form a viseme class; lips need that accuracy.
+# The small encoder learns which phone is spoken in every video frame. The phone is not the aim: hidden states that know it know the mouth.
+# Phones whose mouths look alike form a viseme class; lips need that accuracy.
 
 VISEMES = {"sil": ("sil",),
            "pbm": ("p", "b", "m"),                          # lips shut
@@ -226,10 +228,9 @@ class AudioConfig:
 def new_model(dropout=0.0):
     """An untrained Wav2Vec2Model: a stock one, with three wide convolutions in place of seven narrow ones.
 
-    Together they are 640 samples long, 320 apart: T frames make 2T - 1 outputs, so the stretching to 25 fps
-    takes every second one, which heard exactly its own frame. The first filters are windowed waves on a mel
-    scale, four phases each (rectified by the GELU they add up to the band's loudness), and stay so: a random
-    start has to find the like first. Their learnt bias is what the layer norm compares weak sound with."""
+    Together they are 640 samples long, 320 apart: T frames make 2T - 1 outputs, so the stretching to 25 fps takes every second one, which heard
+    exactly its own frame. The first filters are windowed waves on a mel scale, four phases each (rectified by the GELU they add up to the band's
+    loudness), and stay so: a random start has to find the like first. Their learnt bias is what the layer norm compares weak sound with."""
     from transformers import Wav2Vec2Config, Wav2Vec2Model
     model = Wav2Vec2Model(Wav2Vec2Config(
         hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024,
@@ -250,8 +251,8 @@ def new_model(dropout=0.0):
 
 
 def load_speech(speech, phones):
-    """Folder of SPEAKER-NAME.flac (or wav ...), folder of SPEAKER-NAME.tsv with lines of start s, end s, IPA
-    phone, confidence -> list of Recording. What no line covers is silence of weight 0."""
+    """Folder of SPEAKER-NAME.flac (or wav ...), folder of SPEAKER-NAME.tsv with lines of start s, end s, IPA phone, confidence -> list of
+    Recording. What no line covers is silence of weight 0."""
     pairs = [(p, t) for t in sorted(Path(phones).glob("*.tsv")) for p in Path(speech).glob(f"{t.stem}.[!t]*")]
     takes = []
     for path, table in pairs:
@@ -420,8 +421,7 @@ def main(argv=None):
     parser.add_argument("--evaluate", action="store_true", help="measure --out on held-out speakers")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     for entry in fields(AudioConfig):
-        parser.add_argument(f"--{entry.name}", type=entry.type.__origin__, default=entry.default,
-                            help=f"{entry.type.__metadata__[0]} (%(default)s)")
+        parser.add_argument(f"--{entry.name}", type=entry.type.__origin__, default=entry.default, help=f"{entry.type.__metadata__[0]} (%(default)s)")
     args = parser.parse_args(argv)
     cfg = AudioConfig(**{entry.name: getattr(args, entry.name) for entry in fields(AudioConfig)})
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -436,8 +436,8 @@ def main(argv=None):
             train(cfg, heard, args.out, args.run, args.resume, device)
         command = f"python audio.py --speech DIR --phones DIR --evaluate --fold {cfg.fold}"
         figures = {**evaluate(args.out, unheard, device), "viseme_classes": list(VISEMES), "command": command}
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        parser.exit(2, f"audio.py: {error}\n")
+    except (ValueError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
+        parser.exit(130 if isinstance(error, KeyboardInterrupt) else 2, f"audio.py: {str(error) or 'stopped'}\n")
     print("\n".join(f"{name}: {value}" for name, value in figures.items() if "viseme_p" not in name))
     print("spoken " + "".join(f"{name:>6}" for name in VISEMES) + "   <- heard, % of the row")
     for name, row in zip(VISEMES, figures["viseme_percent"]):

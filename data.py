@@ -19,6 +19,7 @@ import hashlib
 import json
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,22 +34,26 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 FPS, RATE, HOP = 25, 16000, 640              # frames a second, samples a second, samples a frame
+HOLE, MAX_PIXELS = 60, 100_000_000           # seconds without a frame, pixels of a picture: more is damage or an attack
 VIDEOS = {".mp4", ".mpg", ".mpeg", ".mov", ".avi", ".mkv", ".webm"}
 PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
 FACE_BOX = (0.24, 0.18, 0.76, 0.88)          # a face in its square, fractions of the side: x0 y0 x1 y1
+warnings.filterwarnings("ignore", module=r"PIL\.")                        # what Pillow has to say on odd EXIF data
 
 
 # ---------- one file -> squares at 25 fps and sound at 16 kHz (Eq. 20) ----------
-def filtered(container, stream, *filters):
-    """Yields the frames of a stream after ffmpeg's filters, (name, options) each."""
+def filtered(container, stream, *filters, begin=None):
+    """Yields the frames of a stream after ffmpeg's filters, (name, options) each. They fill holes, the one after `begin` s, too: up to HOLE."""
     graph, video = av.filter.Graph(), stream.type == "video"
     stream.codec_context.thread_count = 1                # the parallel work is one file per worker
     source = (graph.add_buffer if video else graph.add_abuffer)(template=stream)
     sink = graph.add("buffersink" if video else "abuffersink")
     graph.link_nodes(source, *(graph.add(*item) for item in filters), sink).configure()
     for frame in chain(container.decode(stream), [None]):            # None: give out what is left inside
-        if frame is not None and frame.is_corrupt:
-            raise ValueError(f"damaged {stream.type} at {frame.time} s")
+        if frame is not None:
+            if frame.is_corrupt or None not in (begin, frame.time) and frame.time - begin > HOLE:
+                raise ValueError(f"damaged {stream.type} at {frame.time} s")
+            begin = frame.time
         graph.push(frame)
         with suppress(BlockingIOError, EOFError):        # until it wants the next frame
             while True:
@@ -56,15 +61,17 @@ def filtered(container, stream, *filters):
 
 
 def read_video(path):
-    """Yields uint8 (H, W, 3) at exactly 25 fps: picture i is the one on screen (at a constant rate also the
-    nearest) at (i + 0.5) / 25 s after the first. Raises ValueError or an av error for a bad file."""
+    """Yields uint8 (H, W, 3) at 25 fps: picture i is the one on screen (i + 0.5) / 25 s after the first. Bad: ValueError, av's or Pillow's error."""
     if path.suffix.lower() in PICTURES:
-        yield np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+        with Image.open(path) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
+            yield np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
         return
     with av.open(str(path)) as container:
         n, stream = 0, container.streams.best("video")
-        if stream is None:
-            raise ValueError("no video")
+        if stream is None or stream.codec_context is None:
+            raise ValueError("no video" + " of a known kind" * (stream is not None))
         even = ("setpts", "PTS-STARTPTS"), ("fps", f"{FPS}:round=near")
         square = "scale", f"iw*{stream.sample_aspect_ratio or 1}:ih"             # pixels
         for frame in filtered(container, stream, *even, square):
@@ -75,20 +82,18 @@ def read_video(path):
 
 
 def read_audio(path, samples):
-    """A video's sound from the moment of its first picture on, padded or cut. -> int16 (samples,) at 16 kHz,
-    or (0,) if it has none. Streams that start late or early or have holes are kept in time."""
+    """A video's sound from its first picture on, padded or cut, late starts and holes kept. -> int16 (samples,) at 16 kHz, or (0,) if it has none"""
     with av.open(str(path)) as container:
         zero = next(container.decode(container.streams.best("video"))).time or 0.0
     with av.open(str(path)) as container:
         even = ("asetpts", f"PTS-{zero}/TB"), ("aresample", f"{RATE}:async=1:first_pts=0")
         mono, stream = ("aformat", "sample_fmts=s16:channel_layouts=mono"), container.streams.best("audio")
-        parts = [p.to_ndarray()[0] for p in filtered(container, stream, *even, mono)] if stream else []
+        parts = [p.to_ndarray()[0] for p in filtered(container, stream, *even, mono, begin=zero)] if stream and stream.codec_context else []
     return np.concatenate([*parts, np.zeros(samples, np.int16)])[:samples if parts else 0]
 
 
 def square_crop(width, height, box=None):
-    """The square of Eq. 20: the largest in the middle, or the one in which a face box (x0, y0, x1, y1) is as
-    high as FACE_BOX, as far as the picture has room. -> x0, y0, x1, y1 in pixels"""
+    """Eq. 20: the largest square in the middle, or one where box x0 y0 x1 y1 is as high as FACE_BOX, if there is room. -> x0, y0, x1, y1 in pixels"""
     side, x, y = min(width, height), width / 2, height / 2
     if box is not None:
         side = min(side, max(box[2] - box[0], box[3] - box[1]) / (FACE_BOX[3] - FACE_BOX[1]))
@@ -98,8 +103,7 @@ def square_crop(width, height, box=None):
 
 
 def face_mask(frames, mask, box, parser):
-    """M of Eq. 23 for frames (N, H, W, 3): the sidecar's `mask` (N, h, w), else what `parser` says, else the
-    ellipse in `box` (fractions of the side). -> uint8 0/255 (N, H/4, W/4)"""
+    """M of Eq. 23 for (N, H, W, 3): the given `mask` (N, h, w), `parser`'s or the ellipse in `box` (of the side 1). -> uint8 0/255 (N, H/4, W/4)"""
     side = frames.shape[1] // 4
     if mask is None and parser is None:
         ellipse = Image.new("L", (side * 8, side * 8))
@@ -150,8 +154,7 @@ class Clip:
 
 
 def cached(path, cache, size, parser=None, faces=None):
-    """The folder in `cache` with a file's arrays; decodes if the file, its sidecar or the settings are new.
-    Written elsewhere, then renamed: two processes may do the same file at the same time."""
+    """The folder in `cache` of a file's arrays; new file, sidecar or settings: decoded. Written aside, then renamed: two processes may do one."""
     sidecar = path.with_suffix(".npz")
     stamps = [(f.stat().st_size, f.stat().st_mtime_ns) for f in (path, sidecar) if f.exists()]
     key = [1, str(path.resolve()), *stamps, size, *(getattr(f, "__qualname__", f) for f in (parser, faces))]
@@ -265,8 +268,7 @@ class TalkingChunks(torch.utils.data.Dataset):
         return self.stream(*self.items[item], 1)[0]
 
     def stream(self, clip_index, first, K):
-        """K consecutive chunks of a clip from chunk `first` on (of counts[clip_index], else IndexError), with
-        one reference: a frame of the clip outside these chunks, unless they fill it. -> list of items"""
+        """K chunks of a clip from chunk `first` on (IndexError past the last), with one reference from outside them, unless they fill it. -> list"""
         if not 0 <= first < first + K <= self.counts[clip_index]:
             raise IndexError(f"clip {clip_index} has {self.counts[clip_index]} chunks: not {first} + {K}")
         clip, key = self.clips[clip_index], [self.seed, self.epoch, clip_index]
@@ -305,8 +307,7 @@ def visual_hash(grey):
 
 
 def scenes_of(grey, cut, longest):
-    """[(first, last + 1)] of the scenes in grey (N, 16, 16): a cut changes more than `cut` grey levels and
-    four times as much as the frames around it. Scenes of more than `longest` frames are divided."""
+    """(first, last + 1) of each scene in grey (N, 16, 16): a cut is over `cut` and 4 x the change around it; over `longest` frames are divided."""
     change = np.abs(np.diff(grey, axis=0)).mean((1, 2))
     cuts = [f + 1 for f, c in enumerate(change) if c > max(cut, 4 * np.median(change[max(0, f - 12):f + 13]))]
     return [(int(part[0]), int(part[-1]) + 1) for scene in np.split(np.arange(len(grey)), cuts)
@@ -331,8 +332,7 @@ def failures(figures, limits):
 
 
 def face_detector():
-    """A function uint8 (H, W, 3) -> box x0 y0 x1 y1 (brow to chin, pixels) of the largest face, or None: the
-    Haar cascade of OpenCV, an extra, and gone in OpenCV 5. Without it None, and one warning."""
+    """A function uint8 (H, W, 3) -> box x0 y0 x1 y1 (brow to chin, pixels) of the largest face, or None: OpenCV 4's Haar cascade. Without it None."""
     try:
         import cv2
         model, cascade = cv2.data.haarcascades + "haarcascade_frontalface_default.xml", cv2.CascadeClassifier
@@ -442,8 +442,8 @@ def main(argv=None):
         print(f"clips kept: {len(kept)} of {len(rows)}  minutes: {sum(kept) / 60:.1f}")
         why = Counter(reason.split()[0] for row in rows for reason in row["reason"].split("; ") if reason)
         print("rejected:", "  ".join(f"{reason} {n}" for reason, n in why.most_common()) or "none")
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(print(f"data.py: {error}", file=sys.stderr) or 2)
+    except (OSError, ValueError, ImportError, KeyboardInterrupt) as error:
+        sys.exit(print(f"data.py: {str(error) or 'stopped'}", file=sys.stderr) or (130 if isinstance(error, KeyboardInterrupt) else 2))
 
 
 if __name__ == "__main__":

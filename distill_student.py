@@ -17,8 +17,7 @@ The student moves by the difference of the two scores (Eq. 13). From a face that
 Each row of a batch is a film in the making: a clip's portrait and sound, and the student's frames so far. A step makes the next chunk of each
 and teaches with it; after K chunks the film starts again, cold, as infer.py starts. So kappa_gen costs one decode, not a new roll-out.
 Shapes: B batch, T pixel frames, F = 1 + (T-1)/4 latent frames, C channels, H W pixels, h w latent grid, S the student's steps.
-Everything random is drawn from (seed, step, row): a resumed run, or one on more processes, draws what the first one would.
-"""
+Everything random is drawn from (seed, step, row): a resumed run, or one on more processes, draws what the first one would."""
 import argparse
 import copy
 import inspect
@@ -439,8 +438,9 @@ def main(argv=None):
         export(args.weights, args.out or args.weights, state.ema, cfg)
         print(f"critic_updates: {cfg.steps * cfg.distill}\nstudent_updates: {cfg.steps * cfg.distill // cfg.ratio}\n"
               f"critic_loss: {np.mean(losses[-50:] or [np.nan]):.4f}\nweights: {(args.out or args.weights) / 'student.safetensors'}")
-    except (OSError, ValueError, KeyError, FloatingPointError, SafetensorError) as error:
-        sys.exit(print(f"distill_student.py: {error}", file=sys.stderr) or 2)
+    except (OSError, ValueError, KeyError, FloatingPointError, SafetensorError, KeyboardInterrupt) as error:
+        print(f"distill_student.py: {str(error) or 'stopped; --resume goes on from the last checkpoint'}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -126,8 +126,8 @@ def load_image(path, size):
         raise ValueError(f"{path} has far too many pixels: scale it down first") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture that can be read") from None
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+    except (OSError, SyntaxError, EOFError, RuntimeError, MemoryError) as error:     # what Pillow's formats raise for damaged files
+        raise ValueError(f"{path} cannot be read as a picture: {str(error) or type(error).__name__}") from None
     if min(image.size) < 16:
         raise ValueError(f"{path} is only {image.width} x {image.height} pixels: a face needs more")
     image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)         # centre square, then scale

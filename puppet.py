@@ -8,8 +8,7 @@ What comes out: NAME.mp4 (25 fps, 16 kHz speech), NAME.json (who says what), NAM
 (held-out faces and speakers). A second run makes only what is missing.
 Portraits: a folder of *.jpg, with portraits.npz in it or beside it: name, lm (n, 468, 3) in pixels, gap (between the lips, eye distances), yaw,
 pitch (degrees), eye_open (height / width).
-Speech: a folder of SPEAKER-*.flac, with NAME.tsv (start s, end s, IPA label) in it or in `phones` beside it.
-"""
+Speech: a folder of SPEAKER-*.flac, with NAME.tsv (start s, end s, IPA label) in it or in `phones` beside it."""
 import argparse
 import json
 import os
@@ -442,8 +441,9 @@ def main(argv=None):
     try:
         run(args)
     except (OSError, ValueError, KeyError, soundfile.SoundFileError) as e:
-        print(f"puppet.py: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+        sys.exit(print(f"puppet.py: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("puppet.py: stopped; the same command goes on", file=sys.stderr) or 130)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ def nanmean(values):
     return float(np.mean(values)) if values else float("nan")
 
 
-
 def write(path, text):
     """Aside, then renamed."""
     Path(f"{path}.part").write_text(text, encoding="utf-8")

@@ -395,6 +395,8 @@ def main(argv=None):
         print(f"steps: {cfg.steps}\nloss: {np.mean(losses[-50:]):.4f}\nweights: {(args.out or args.weights) / 'teacher.safetensors'}")
     except (OSError, ValueError, KeyError, FloatingPointError, SafetensorError) as error:
         sys.exit(print(f"train_teacher.py: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("train_teacher.py: stopped; --resume goes on from the last checkpoint", file=sys.stderr) or 130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import ClipFolder
@@ -180,7 +180,7 @@ def export(folder, vae, ema, clips):
         config |= {"latents_mean": [round(x, 4) for x in mean.tolist()], "latents_std": [round(x, 4) for x in std.tolist()]}
     write_safetensors(folder / "vae.safetensors", {k: v.half() for k, v in ema.items()}, {"class": "WanVAE"})
     path = folder / "config.json"
-    every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"size": 128, "audio": "wav2vec2"}
     write_json(path, every | {"vae": config})
 
 
@@ -381,8 +381,10 @@ def main(argv=None):
             raise ValueError(f"no clip in {args.data} has the {longest} frames that the course of training asks for")
         print(f"{[len(f) for f in folders]} clips | {cfg}", flush=True)
         train(cfg, PRESETS["tiny"], [f for f in folders if f], args.out, args.resume, args.init)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError, SafetensorError) as error:
         parser.exit(2, f"vae.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "vae.py: stopped; --resume goes on from the last checkpoint\n")
 
 
 if __name__ == "__main__":
