@@ -55,7 +55,7 @@ def _blocks(path):
             raise ValueError(f"{path} has no sound track")
         to_float = av.AudioResampler(format="flt")                          # changes the sample format only
         for i, frame in enumerate(container.decode(audio=0)):
-            late = (frame.time or 0) - max(0, container.start_time or 0) / av.time_base
+            late = (frame.time or 0) - (max(0, container.start_time or 0) / av.time_base if container.streams.video else 0)
             if i == 0 and 0 < late < 300:                                   # than the picture, s; more is a broken clock
                 yield frame.sample_rate, np.zeros((round(late * frame.sample_rate), 1), np.float32)
             for part in to_float.resample(frame):
