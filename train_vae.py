@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from chunks import pixels, write_safetensors
 from data import ClipFolder
 from vae import PRESETS, CausalConv3d, WanVAE, load_vae
 
@@ -129,13 +129,6 @@ def training_batch(folders, frames, side, size, generator):
 # ----------------------------------------------------------------------------------------------------------------- train
 
 
-def write_safetensors(path, tensors, metadata):
-    """Write aside, then rename: whoever kills us, the old file or the new one is there, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, f"{path}.part", metadata)
-    os.replace(f"{path}.part", path)
-
-
 def write_json(path, data):
     Path(f"{path}.part").write_text(json.dumps(data, indent=1), encoding="utf-8")
     os.replace(f"{path}.part", path)
@@ -145,7 +138,7 @@ def save_checkpoint(path, vae, ema, opt, rounds, step):
     tensors = {f"{name}.{k}": v for name, part in (("model", vae.state_dict()), ("ema", ema), ("rounds", rounds.pool)) for k, v in part.items()}
     for i, state in opt.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
-    write_safetensors(path, tensors, {"step": str(step)})
+    write_safetensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"step": str(step)})
 
 
 def load_checkpoint(path, vae, ema, opt, rounds):
@@ -178,15 +171,10 @@ def export(folder, vae, ema, clips):
         mean = total / n
         std = (square / n - mean ** 2).sqrt()
         config |= {"latents_mean": [round(x, 4) for x in mean.tolist()], "latents_std": [round(x, 4) for x in std.tolist()]}
-    write_safetensors(folder / "vae.safetensors", {k: v.half() for k, v in ema.items()}, {"class": "WanVAE"})
+    write_safetensors(folder / "vae.safetensors", {k: v.half().contiguous() for k, v in ema.items()}, {"class": "WanVAE"})
     path = folder / "config.json"
     every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"size": 128, "audio": "wav2vec2"}
     write_json(path, every | {"vae": config})
-
-
-def pixels(frames):
-    """uint8 (T, H, W, 3) -> (1, 3, T, H, W) in [-1, 1]."""
-    return (torch.from_numpy(np.array(frames)).permute(3, 0, 1, 2)[None] / 127.5 - 1)
 
 
 def train(cfg, config, folders, out, resume, init=None):
