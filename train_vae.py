@@ -10,8 +10,10 @@ diverse faces a second), then short clips, then long ones. Wan trains in the sam
 Reads what data.py reads; writes vae.safetensors (averaged weights, float16) and the "vae" part of config.json.
 """
 import argparse
+import inspect
 import json
-import os
+import re
+import signal
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,9 +24,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from chunks import pixels, write_safetensors
+from chunks import pixels, write_aside, write_safetensors
 from data import ClipFolder
-from vae import PRESETS, CausalConv3d, WanVAE, load_vae
+from muon import Muon
+from vae import PRESETS, CausalConv3d, ResidualBlock, WanVAE, load_vae
 
 # ------------------------------------------------------------------------------------------------------------------ loss
 
@@ -33,8 +36,35 @@ def spatial_gradient(x):
     return x[..., 1:, :-1] - x[..., :-1, :-1], x[..., :-1, 1:] - x[..., :-1, :-1]
 
 
-def vae_loss(vae, inputs, video, cfg, generator):
-    """inputs, video (B, 3, T, H, W) -> loss, its parts, output. L1 + L1 of gradients in space and time and of 8 x 8 means + a small KL.
+def blocks(video):
+    """(B, 3, T, H, W) -> (B, F, h, w, 3 * 4 * 8 * 8): the pixels one latent stands for; the first frame counts four times."""
+    v = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)        # (B, 3, 4F, H, W)
+    v = v.unflatten(4, (-1, 8)).unflatten(3, (-1, 8)).unflatten(2, (-1, 4))     # (B, 3, F, 4, h, 8, w, 8)
+    return v.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+
+
+def principal_components(batches, channels):
+    """Videos -> a function (B, 3, T, H, W) -> (B, C, F, h, w): the best *linear* codec of blocks of 4 x 8 x 8 pixels.
+
+    It is a goal worth giving to the encoder. Without it two hours of training stayed 4 dB below plain principal components; and a projection
+    done twice is the same projection, which is what a video that is decoded and encoded again at every chunk needs.
+    Component i has variance v_i; it is scaled to v_i^(1/2): half-way between pixels' weights (1: a diffusion model would
+    see little but brightness) and white (0: it would spend itself on grain). A Hadamard matrix, orthogonal and all of +-1, spreads the
+    components over channels of equal variance, so that a latent of mean 0 and standard deviation 1 is what the DiT gets."""
+    x = torch.cat([blocks(v).flatten(0, 3) for v in batches])                   # (n, 768)
+    mean = x.mean(0)
+    variance, basis = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))     # ascending
+    variance, basis = variance[-channels:], basis[:, -channels:]
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < channels:                                             # Sylvester's construction: channels is a power of two
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    matrix = basis * variance ** -0.25 @ hadamard / variance.sqrt().sum().sqrt()  # (768, C)
+    return lambda video: ((blocks(video) - mean) @ matrix).movedim(-1, 1)
+
+
+def vae_loss(vae, inputs, video, cfg, generator, linear=None):
+    """inputs, video (B, 3, T, H, W) -> loss, its parts, output. L1 + L1 of gradients in space and time and of 8 x 8 means + a small KL
+    + squared distance of the latents' mean from the `linear` codec's.
 
     Means over 8 x 8 pixels weigh colour, which L1 gives away first: green hair came out grey. The gradient terms cost sharp edges and
     flicker more than plain L1 does; KL only keeps the latents in a smooth, bounded cloud (latent diffusion, arXiv 2112.10752): its weight
@@ -44,13 +74,14 @@ def vae_loss(vae, inputs, video, cfg, generator):
     eps = torch.randn(mu.shape, generator=generator)
     z = mu + eps * torch.exp(0.5 * logvar)
     out = vae.decoder(vae.conv2(z)).float()
+    anchor = (mu - linear(video)).square().mean() if linear else mu.mean() * 0
     l1 = (out - video).abs().mean()
     edges = sum((a - b).abs().mean() for a, b in zip(spatial_gradient(out), spatial_gradient(video)))
     flicker = ((out.diff(dim=2) - video.diff(dim=2)).abs().mean() if video.shape[2] > 1 else l1 * 0)
     colour = F.avg_pool3d(out - video, (1, 8, 8)).abs().mean()
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
-    loss = l1 + cfg.edges * edges + cfg.flicker * flicker + cfg.colour * colour + cfg.kl * kl
-    return loss, dict(l1=l1, edges=edges, flicker=flicker, colour=colour, kl=kl), out
+    loss = l1 + cfg.edges * edges + cfg.flicker * flicker + cfg.colour * colour + cfg.kl * kl + cfg.anchor * anchor
+    return loss, dict(l1=l1, edges=edges, flicker=flicker, colour=colour, kl=kl, anchor=anchor), out
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
@@ -58,15 +89,16 @@ def vae_loss(vae, inputs, video, cfg, generator):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 8000               # optimiser steps
-    lr: float = 1.5e-3              # peak, after the warm-up; then linearly to zero
-    warmup: int = 300               # steps
+    steps: int = 2400               # optimiser steps
+    lr: float = 2e-3                # peak, after the warm-up; then linearly to zero
+    warmup: int = 50                # steps
     edges: float = 0.5              # weight of the spatial-gradient term
     flicker: float = 1.0            # weight of the temporal-gradient term
     colour: float = 1.0             # weight of the term for means over 8 x 8 pixels
     kl: float = 1e-4                # weight of the KL term, mean over latents
+    anchor: float = 1.0             # weight of the distance from principal components
     ema: float = 0.999              # decay of the averaged weights that are shipped
-    seed: int = 0
+    seed: int = 0                   # of everything random
     minutes: float = 5.0            # between checkpoints
     decoder_only: bool = False      # with --init: latents stay what they are, so that what was trained on them goes on working
     compile: bool = False           # torch.compile: a third faster, after three minutes for every stage of the course
@@ -74,7 +106,7 @@ class TrainConfig:
 
 # The course of training: (share of the steps, frames, side of the crop, clips a batch). Pictures first, because with one frame only the
 # last tap of every temporal kernel acts: an image autoencoder, many diverse faces a second. Then motion, small crops before whole frames.
-COURSE = ((0.45, 1, 64, 16), (0.475, 1, 128, 4), (0.86, 9, 64, 2), (1.00, 25, 64, 1))
+COURSE = ((0.15, 1, 64, 16), (0.70, 9, 64, 4), (1.00, 25, 64, 2))
 POLISH = ((0.60, 9, 64, 4), (1.00, 25, 64, 2))                                  # with --init: clips, and clips that come round again
 
 
@@ -83,10 +115,11 @@ class Rounds:
 
     A long video is decoded and encoded again at every chunk border, and small errors add up: 30 rounds cost 11 dB before this. The cure
     is to train on them: the last clip of every batch is one that has been through the codec before, and its *first* input is asked
-    for again, so that a pass learns to undo the last one's error. It costs nothing: a step's output is a later step's input."""
+    for again, so that a pass learns to undo the last one's error. It costs nothing: a step's output is a later step's input.
+    A quarter of all inputs, no more: asked of every one, training never saw a true clip and fell apart."""
 
-    def __init__(self, size=8, oldest=20):
-        self.size, self.oldest, self.pool = size, oldest, {}
+    def __init__(self, size=8, oldest=20, share=0.25):
+        self.size, self.oldest, self.share, self.pool = size, oldest, share, {}
 
     def send(self, video, generator):
         """video (B, 3, T, H, W) -> inputs, targets of this step. The place in the pool is drawn; a clip too old makes room for a fresh one."""
@@ -94,6 +127,9 @@ class Rounds:
             empty = torch.zeros(self.size, *video.shape[1:], dtype=torch.float16)
             self.pool = dict(now=empty, first=empty.clone(), age=torch.full((self.size,), self.oldest))
         self.place = int(torch.randint(self.size, (), generator=generator))
+        if torch.rand((), generator=generator) >= self.share * len(video):
+            self.place = None
+            return video, video
         now, first, age = (self.pool[k] for k in ("now", "first", "age"))
         inputs, targets = video.clone(), video.clone()
         if age[self.place] >= self.oldest:
@@ -103,8 +139,9 @@ class Rounds:
         return inputs, targets
 
     def receive(self, out):
-        self.pool["now"][self.place] = out[-1].detach().clamp(-1, 1)
-        self.pool["age"][self.place] += 1
+        if self.place is not None:
+            self.pool["now"][self.place] = out[-1].detach().clamp(-1, 1)
+            self.pool["age"][self.place] += 1
 
 
 def training_batch(folders, frames, side, size, generator):
@@ -129,15 +166,10 @@ def training_batch(folders, frames, side, size, generator):
 # ----------------------------------------------------------------------------------------------------------------- train
 
 
-def write_json(path, data):
-    Path(f"{path}.part").write_text(json.dumps(data, indent=1), encoding="utf-8")
-    os.replace(f"{path}.part", path)
-
-
 def save_checkpoint(path, vae, ema, opt, rounds, step):
     tensors = {f"{name}.{k}": v for name, part in (("model", vae.state_dict()), ("ema", ema), ("rounds", rounds.pool)) for k, v in part.items()}
     for i, state in opt.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
     write_safetensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"step": str(step)})
 
 
@@ -150,7 +182,7 @@ def load_checkpoint(path, vae, ema, opt, rounds):
     ema.update(part("ema."))
     rounds.pool = part("rounds.")
     state = {}
-    for k, v in part("adam.").items():
+    for k, v in part("optimizer.").items():
         state.setdefault(int(k.split(".")[0]), {})[k.split(".")[1]] = v
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
     return step
@@ -174,13 +206,15 @@ def export(folder, vae, ema, clips):
     write_safetensors(folder / "vae.safetensors", {k: v.half().contiguous() for k, v in ema.items()}, {"class": "WanVAE"})
     path = folder / "config.json"
     every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"size": 128, "audio": "wav2vec2"}
-    write_json(path, every | {"vae": config})
+    write_aside(path, lambda part: part.write_text(json.dumps(every | {"vae": config}, indent=1), encoding="utf-8"))
 
 
 def train(cfg, config, folders, out, resume, init=None):
     torch.manual_seed(cfg.seed)
     vae, course, rounds = WanVAE(config), COURSE, Rounds()
-    inflate(vae)
+    begin(vae)
+    draw = lambda i: training_batch(folders, *COURSE[1][1:3], 16, torch.Generator().manual_seed(cfg.seed + i))
+    linear = None if init else principal_components([draw(i) for i in range(24)], config.z_dim)
     if init:
         trained = load_vae(init)
         vae = WanVAE(trained.config)
@@ -188,7 +222,7 @@ def train(cfg, config, folders, out, resume, init=None):
         course = POLISH
     if cfg.decoder_only:
         vae.encoder.requires_grad_(False), vae.conv1.requires_grad_(False)
-    opt = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    opt = Muon({name: p for name, p in vae.named_parameters() if p.requires_grad}, cfg.lr)
     ema = {k: v.clone() for k, v in vae.state_dict().items()}
     if cfg.compile:
         vae.encoder.compile(dynamic=False)
@@ -213,7 +247,7 @@ def train(cfg, config, folders, out, resume, init=None):
         lr = cfg.lr * min(1, (step + 1) / cfg.warmup) * (1 - step / cfg.steps)
         opt.param_groups[0]["lr"] = lr
         with torch.autocast("cpu", torch.bfloat16):
-            loss, parts, output = vae_loss(vae, inputs, video, cfg, generator)
+            loss, parts, output = vae_loss(vae, inputs, video, cfg, generator, linear)
         if not torch.isfinite(loss):
             raise SystemExit(f"loss is {loss.item()} at step {step}; the last good checkpoint is {path}")
         opt.zero_grad(set_to_none=True)
@@ -237,10 +271,16 @@ def train(cfg, config, folders, out, resume, init=None):
     export(out, vae, ema, [] if cfg.decoder_only else sum((clips[:least] for clips in moving), []))
 
 
-def inflate(vae):
-    """Start as an image autoencoder: zero every past tap; let the temporal up- and downsampling begin as 'repeat' and 'keep the last'."""
+def begin(vae):
+    """Start as a nearly linear image autoencoder: silent residual branches, past taps zero, time halved by 'keep the last', doubled by 'repeat'.
+
+    The posterior begins narrow: one as wide as the latents themselves tells the decoder nothing for the first thousand steps."""
     with torch.no_grad():
+        vae.conv1.bias[vae.config.z_dim:] = -6.0
         for name, layer in vae.named_modules():
+            if isinstance(layer, ResidualBlock):
+                layer.residual[-1].weight.zero_()
+                layer.residual[-1].bias.zero_()
             if isinstance(layer, CausalConv3d) and layer.kernel_size[0] == 3:
                 layer.weight[:, :, :-1] = 0
                 if name.endswith("time_conv"):
@@ -338,21 +378,23 @@ def evaluate(weights, folders, names, n):
                 "decode_81_frames_seconds": {str(d)[6:]: round(decode_seconds(vae, d), 3) for d in (torch.float32, torch.bfloat16)},
                 "parameters": sum(p.numel() for p in vae.parameters()), "threads": torch.get_num_threads()}
     print(json.dumps(figures, indent=1))
-    write_json(Path(weights) / "vae_metrics.json", figures)
+    write_aside(Path(weights) / "vae_metrics.json", lambda part: part.write_text(json.dumps(figures, indent=1), encoding="utf-8"))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # kill is Ctrl-C
+    parser = argparse.ArgumentParser(prog="vae.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="folders of clips and pictures")
-    parser.add_argument("--cache", nargs="*", help="where the decoded frames are kept, one for every data folder")
-    parser.add_argument("--out", type=Path, default=Path("weights/tiny"), help="where the weights go")
+    parser.add_argument("--cache", nargs="*", help="where the decoded frames are kept, one for every data folder (FOLDER/.cache-SIZE)")
+    parser.add_argument("--out", type=Path, default=Path("weights/tiny"), help="where the weights go (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from runs/vae")
     parser.add_argument("--init", type=Path, help="start from this folder's VAE, with the second half of the course: clips, and clips again")
     parser.add_argument("--evaluate", action="store_true", help="measure the weights in --out on the held-out clips instead")
-    parser.add_argument("--clips", type=int, default=20, help="clips of a folder that --evaluate looks at")
+    parser.add_argument("--clips", type=int, default=20, help="clips of a folder that --evaluate looks at (%(default)s)")
+    meaning = dict(re.findall(r"    (\w+): .*?# (.*)", inspect.getsource(TrainConfig)))
     for field in fields(TrainConfig):
         kind = {"action": "store_true"} if field.default is False else {"type": type(field.default), "default": field.default}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **kind)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **kind, help=f"{meaning[field.name]} [{field.default}]")
     args = parser.parse_args(argv)
     try:
         if args.cache and len(args.cache) != len(args.data):

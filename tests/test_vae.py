@@ -193,7 +193,7 @@ def test_training_learns_and_a_killed_run_goes_on_bitwise(tmp_path, monkeypatch,
 
 def test_clips_go_round_and_come_back_to_their_first_input():
     """The pool hands a clip's last output in and its very first input back as the target, until it is old and makes room."""
-    rounds, fresh = T.Rounds(size=1, oldest=3), lambda i: torch.full((2, 3, 5, 8, 8), i / 16)
+    rounds, fresh = T.Rounds(size=1, oldest=3, share=0.5), lambda i: torch.full((2, 3, 5, 8, 8), i / 16)
     for i in range(8):
         inputs, targets = rounds.send(fresh(i), None)
         born, age = i - i % 3, i % 3
@@ -229,3 +229,18 @@ def test_exported_weights_load_and_normalise(tmp_path, monkeypatch):
     with torch.no_grad():
         z = torch.cat([vae.encode(T.pixels(c.frames)) for c in moving_clips()])
     assert z.mean((0, 2, 3, 4)).abs().max() < 0.05 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.05
+
+
+def test_principal_components_are_the_best_linear_codec():
+    """No linear codec of 16 numbers a block loses less than the discarded components; channels are equally loud; a still clip stays still."""
+    videos = [torch.randn(4, 3, 9, 16, 16, generator=torch.Generator().manual_seed(i)).cumsum(4).cumsum(3) / 20 for i in range(4)]
+    linear = T.principal_components(videos, 16)
+    z = torch.cat([linear(v).movedim(1, -1).flatten(0, 3) for v in videos])                                 # (n, 16)
+    assert z.mean(0).abs().max() < 1e-4 and (z.square().mean(0) - 1).abs().max() < 1e-3
+    x = torch.cat([T.blocks(v).flatten(0, 3) for v in videos])
+    x = x - x.mean(0)
+    lost = (x - z @ torch.linalg.lstsq(z, x).solution).square().sum(1).mean()
+    discarded = torch.linalg.svdvals(x)[16:].square().sum() / len(x)
+    assert torch.isclose(lost, discarded, rtol=1e-3)
+    still = linear(videos[0][:, :, :1].expand(-1, -1, 9, -1, -1))
+    assert torch.allclose(still, still[:, :, :1].expand_as(still), atol=1e-5)
