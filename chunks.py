@@ -5,6 +5,7 @@ The VAE and the audio encoder are frozen, so every chunk is encoded once, into a
     audio.npy     (K, T, L, A)      their hidden states; the window of each ends with its chunk, as in infer.py
     identity.npy  (R, C, F, h, w)   TRE (Eq. 3) of R reference pictures: the first frames of its first R - 1 chunks, and its last frame
 Frames and face masks stay where data.py has put them. A clip shorter than a chunk gives one chunk of its own length, 4k+1 frames.
+Neighbours share n frames. The VAE is causal, so kappa_gt, the encoding of those n by themselves, is the chunk's own first m latents.
 Stage 1 draws single chunks (Pools), stage 2 follows films in the making from chunk to chunk (Streams).
 
 Shapes: B batch, T pixel frames, F = 1 + (T-1)/4 latent frames, C channels, H W pixels, h w latent grid, L A audio layers and width.
@@ -12,19 +13,20 @@ Shapes: B batch, T pixel frames, F = 1 + (T-1)/4 latent frames, C channels, H W 
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from data import Clip
@@ -117,7 +119,7 @@ def encode_clips(clips, vae, encoder, cache, cfg, device="cpu", rank=0, world=1)
 
 
 class Pools:
-    """Chunks by length: a batch has one length. `shares`: how often each folder (a list of chunks) is heard, not how big it is."""
+    """Chunks by length: a batch has one length. `shares`: how often each folder (a list of chunks) is drawn, whatever its size."""
 
     def __init__(self, folders, shares):
         self.by_length = {}
@@ -138,7 +140,9 @@ class Pools:
 
 
 def load_row(chunk, cfg, rng, cold, deaf, sigma):
-    """-> latents, identity, noise (C, F, h, w); audio (T, L, A); sigma (); predicted (F,), 0 at the continuity latents; mask (F, h, w)."""
+    """Eq. 24, encoded -> latents, identity, noise (C, F, h, w); audio (T, L, A); sigma (); predicted (F,), 0 at the head; mask (F, h, w).
+
+    cold: begins as a video does, kappa is one latent, the portrait's. deaf: without sound, the unconditional case of audio guidance."""
     row, pictures = chunk.row, chunk.pictures
     if cold:                                                                    # a chunk whose first frame is a reference picture
         row = picture = row % (len(pictures) - 1)
@@ -237,7 +241,7 @@ class Streams:
         batch = {k: torch.stack([chunk[k] for chunk in loaded]).to(self.device).float() for k in loaded[0]}
         drawn = [draw(self.cfg, step, row, batch["latents"].shape[1:], self.device) for row in rows]
         batch |= {k: torch.stack([one[k] for one in drawn]) for k in drawn[0]}
-        sees = {"gt": batch["latents"], "gen": torch.zeros_like(batch["latents"])}
+        sees = {"gt": batch["latents"], "gen": torch.zeros_like(batch["latents"])}         # kappa_gt, kappa_gen: section 3.4, Table 4
         m = self.cfg.head                                                       # cold start: the portrait itself, one latent
         sees["gen"][:, :, :m] = torch.where(batch["cold"] > 0, batch["identity"][:, :, :m], self.kappa[list(rows)])
         return batch | {"teacher": sees[self.cfg.teacher_sees], "student": sees[self.cfg.student_sees]}
@@ -262,17 +266,23 @@ class Streams:
 # --------------------------------------------------------------------------------------------------- files and processes
 
 
-def write_safetensors(path, tensors, metadata):
-    """Written aside, then renamed: whoever kills us, the old file or the new one is there. Full disk: OSError, the old one stays."""
-    if not tensors:
-        return
+def write_aside(path, save):
+    """`save(part)` writes beside `path`, then `part` takes its name: whoever kills us, the old file or the new one is there.
+
+    Full disk, read-only folder: OSError in one line, the old file stays."""
+    part = Path(f"{path}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, f"{path}.part", metadata)
-        os.replace(f"{path}.part", path)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        save(part)
+        os.replace(part, path)
     except (OSError, SafetensorError) as error:
-        Path(f"{path}.part").unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise OSError(f"{path} was not written: {error}") from None
+
+
+def write_safetensors(path, tensors, metadata):
+    if tensors:                                                                 # {}: not the first process, see gather
+        write_aside(path, lambda part: save_file(tensors, part, metadata))
 
 
 def gather(tensors, dtype=None):
@@ -293,11 +303,47 @@ def mean(numbers):
     return numbers.tolist()
 
 
-def open_log(path, start):
+def trim_log(path, start):
     """The log of a resumed run goes on at `start`: lines that will be written again are dropped."""
     lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and start else []
     path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < start), encoding="utf-8")
-    return open(path, "a", encoding="utf-8")
+
+
+def log(path, record):
+    with open(path, "a", encoding="utf-8") as file:                             # opened anew every time: nothing is lost, whoever kills us
+        print(json.dumps(record), file=file)
+
+
+@torch.no_grad()
+def swap(model, average):
+    """The averaged weights go into the network and its own into `average`; once more, and all is as before, bit for bit."""
+    for k, p in model.named_parameters():
+        own = p.clone()
+        p.copy_(average[k])
+        average[k].copy_(own)
+
+
+def save_checkpoint(path, tensors, step, cfg, **more):
+    """One .safetensors, written by the first process. If that fails, a warning: the run goes on."""
+    try:
+        write_safetensors(path, gather(tensors), {"step": str(step), "config": json.dumps(asdict(cfg))} | more)
+    except OSError as error:
+        print(f"warning: no checkpoint at step {step}: {error}", file=sys.stderr)
+
+
+@torch.no_grad()
+def load_checkpoint(path, tensors, cfg, free, **more):
+    """Fills `tensors`, also by another number of processes -> steps done. ValueError if other options made it; those named in `free` may change."""
+    with safe_open(path, "pt") as file:
+        old = json.loads(file.metadata()["config"])
+        other = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(cfg).items() if k not in free and old.get(k) != v]
+        other += [f"{k} {file.metadata().get(k)} -> {v}" for k, v in more.items() if file.metadata().get(k) != v]
+        if other:
+            raise ValueError(f"{path} was made with other options: {', '.join(other)}")
+        for name, tensor in tensors.items():
+            new = file.get_tensor(name).to(tensor.device)
+            tensor.copy_(distribute_tensor(new, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else new)
+        return int(file.metadata()["step"])
 
 
 def shard(model, device, world):

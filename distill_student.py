@@ -25,23 +25,40 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from torch.distributed.tensor import DTensor, distribute_tensor
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import infer
-from chunks import Streams, chunks_left, encode_clips, gather, mean, open_log, pixels, shard, write_safetensors
+from chunks import (
+    Streams,
+    chunks_left,
+    encode_clips,
+    gather,
+    load_checkpoint,
+    log,
+    mean,
+    pixels,
+    save_checkpoint,
+    shard,
+    swap,
+    trim_log,
+    write_aside,
+    write_safetensors,
+)
 from data import ClipFolder
 from dit import add_noise, score_from_velocity, student_sigmas, velocity, x0_from_velocity
+from muon import Muon
 from tre import continuity_reference
 
 # ---------------------------------------------------------------------------------------------------------------- config
@@ -54,6 +71,7 @@ class StudentConfig:
     micro: int = 4                  # chunks a network call of one process; gradients add up over the calls of a step
     rollout: int = 5                # K, chunks until a film starts again (paper: not given; FlashHead: 5)
     denoise: int = 4                # S, the student's steps from noise to a chunk (paper: 4)
+    optimizer: str = "adamw"        # or "muon" (muon.py), whose steps on matrices are ten times lr
     lr: float = 2e-5                # AdamW's learning rate of the student; full size: 2e-6, as Self-Forcing (paper: not given)
     lr_critic: float = 2e-5         # and of the critic; full size: 4e-7
     warmup: int = 20                # steps until they are reached
@@ -177,42 +195,10 @@ class State:
         self.tensors = {"streams.place": streams.place, "streams.kappa": streams.kappa} | {f"ema.{k}": v for k, v in self.ema.items()}
         for who, lr in (("student", cfg.lr), ("critic", cfg.lr_critic)):
             named = dict(self.nets[who].named_parameters())
-            opt = self.opt[who] = torch.optim.AdamW(named.values(), lr=lr, betas=(0.0, 0.999), weight_decay=0.01)
-            for p in named.values():                                            # what AdamW would make in its first step; made now, the
-                opt.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p.detach()),         # names are always all there
-                                "exp_avg_sq": torch.zeros_like(p.detach())}
+            prefix = "blocks." if cfg.optimizer == "muon" else None
+            opt = self.opt[who] = Muon(named, lr, prefix, betas=(0.0, 0.999), weight_decay=0.01)
             self.tensors |= {f"{who}.{k}": p.detach() for k, p in named.items()}
-            self.tensors |= {f"{who}.adam.{key}.{k}": v for k, p in named.items() for key, v in opt.state[p].items()}
-
-    @torch.no_grad()
-    def swap(self):
-        """The averaged weights go into the student and its own into `ema`; once more, and all is as before, bit for bit."""
-        for k, p in self.nets["student"].named_parameters():
-            own = p.clone()
-            p.copy_(self.ema[k])
-            self.ema[k].copy_(own)
-
-    def save(self, path, step, cfg):
-        """One .safetensors, written by the first process. If that fails, a warning: the run goes on."""
-        self.streams.share()
-        meta = {"step": str(step), "config": json.dumps(asdict(cfg)), "starts": str(len(self.streams.starts))}
-        try:
-            write_safetensors(path, gather(self.tensors), meta)
-        except OSError as error:
-            print(f"warning: no checkpoint at step {step}: {error}", file=sys.stderr)
-
-    @torch.no_grad()
-    def load(self, path, cfg):
-        """-> steps done, also by another number of processes. ValueError if other options or clips made it; options of FREE may change."""
-        with safe_open(path, "pt") as file:
-            old = json.loads(file.metadata()["config"])
-            other = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(cfg).items() if k not in FREE and old.get(k) != v]
-            if other or int(file.metadata()["starts"]) != len(self.streams.starts):
-                raise ValueError(f"{path} was made with other {'options: ' + ', '.join(other) if other else 'clips'}")
-            for name, tensor in self.tensors.items():
-                new = file.get_tensor(name).to(tensor.device)
-                tensor.copy_(distribute_tensor(new, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else new)
-            return int(file.metadata()["step"])
+            self.tensors |= {f"{who}.optimizer.{key}.{k}": v for k, p in named.items() for key, v in opt.state[p].items()}
 
 
 def export(weights, out, ema, cfg):
@@ -253,8 +239,7 @@ def validate(student, vae, films, cfg, autocast, device, path):
         strip += [torch.stack([truth, video.cpu()], 1)[:, :, :, [cfg.frames // 2, -1]]]             # (B, 2, 3, 2, H, W)
     if path:                                                                    # None: another process writes it
         image = torch.cat(strip, 3).permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)             # (3, B 2 H, 2 K W): truth, student, truth, ...
-        Image.fromarray(infer.to_uint8(image[:, None])[0]).save(f"{path}.part", "PNG")
-        os.replace(f"{path}.part", path)
+        write_aside(path, lambda part: Image.fromarray(infer.to_uint8(image[:, None])[0]).save(part, "PNG"))
     return {"error": np.round(error, 4).tolist(), "colour": np.round(colour, 4).tolist(), "seam": round(float(np.mean(border) / np.mean(inside)), 4)}
 
 
@@ -290,20 +275,22 @@ def train(cfg, state, teacher, vae, val, run, resume=False, device="cpu", rank=0
         for block in net.blocks if cfg.compile else ():
             block.compile(dynamic=False)
     checkpoint, steps = run / "checkpoint.safetensors", cfg.steps * cfg.distill
-    start = state.load(checkpoint, cfg) if resume and checkpoint.exists() else 0
-    log = open_log(run / "log.jsonl", start) if rank == 0 else None
+    start = load_checkpoint(checkpoint, state.tensors, cfg, FREE, starts=str(len(state.streams.starts))) if resume and checkpoint.exists() else 0
+    if rank == 0:
+        trim_log(run / "log.jsonl", start)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.bf16)
     losses, began, clock, last_save = [], *[time.time()] * 3
     for step in tqdm(range(start, steps + 1), initial=start, total=steps, unit="step", disable=None if rank == 0 else True):
         record = {"step": step}
         # ------------------------------------------------------------------------------------- evaluate and sample
         if step % cfg.every == 0 or step == steps:
-            state.swap()
+            swap(state.nets["student"], state.ema)
             record["val"] = validate(state.nets["student"], vae, val, cfg, autocast, device, run / "strip.png" if rank == 0 else None)
-            state.swap()
+            swap(state.nets["student"], state.ema)
         # --------------------------------------------------------------------------------------------------- save
         if mean([torch.tensor(time.time() - last_save, device=device)])[0] > 60 * cfg.minutes or step == steps:     # a mean: the same everywhere
-            state.save(checkpoint, step, cfg)
+            state.streams.share()
+            save_checkpoint(checkpoint, state.tensors, step, cfg, starts=str(len(state.streams.starts)))
             last_save = time.time()
         # -------------------------------------------------------------------------------------------------- TRAIN
         if step < steps:
@@ -314,7 +301,7 @@ def train(cfg, state, teacher, vae, val, run, resume=False, device="cpu", rank=0
         # ---------------------------------------------------------------------------------------------------- log
         if rank == 0:
             record["seconds"] = round(time.time() - clock, 3)
-            print(json.dumps(record), file=log, flush=True)
+            log(run / "log.jsonl", record)
             if "val" in record or step % 50 == 0:
                 pace = (time.time() - began) / (step + 1 - start)               # seconds a step, all in all
                 tqdm.write(" | ".join([f"step {step:5d}/{steps}", *(f"{k} {v}" for k, v in record.items() if k not in ("step", "seconds")),
@@ -382,12 +369,12 @@ def build_parser():
     p.add_argument("--cache", nargs="+", help="where data.py's decoded frames lie, one per folder (default: FOLDER/.cache-SIZE)")
     p.add_argument("--weights", type=Path, default=Path("weights/tiny"), help="folder of config.json, teacher.safetensors and the rest (%(default)s)")
     p.add_argument("--out", type=Path, help="where student.safetensors goes (default: --weights)")
-    p.add_argument("--run", type=Path, default=Path("runs/student"), help="checkpoint, log, pictures (%(default)s)")
+    p.add_argument("--run-dir", dest="run", type=Path, default=Path("runs/student"), help="checkpoint, log, pictures (%(default)s)")
     p.add_argument("--encoded", type=Path, default=Path("runs/teacher/cache"), help="encoded chunks, those of train_teacher.py (%(default)s)")
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="what the options below are unless given (%(default)s)")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run")
-    p.add_argument("--plot", action="store_true", help="draw the curves of --run and stop")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run-dir")
+    p.add_argument("--plot", action="store_true", help="draw the curves of --run-dir and stop")
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if there is one")
     meaning = dict(re.findall(r"    (\w+): .*?# (.*)", inspect.getsource(StudentConfig)))
     for field in fields(StudentConfig):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
@@ -417,6 +404,7 @@ def prepare(args, cfg, device, rank, world):
 
 
 def main(argv=None):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # kill is Ctrl-C
     args = build_parser().parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(StudentConfig) if getattr(args, f.name) is not None}
     cfg = replace(PRESETS[args.preset], **given)

@@ -20,6 +20,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,16 +30,34 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import dit
 from audio import AudioEncoder
-from chunks import Pools, collate, encode_clips, gather, load_row, mean, open_log, pixels, shard, shorten, write_safetensors
+from chunks import (
+    Pools,
+    collate,
+    encode_clips,
+    gather,
+    load_checkpoint,
+    load_row,
+    log,
+    mean,
+    pixels,
+    save_checkpoint,
+    shard,
+    shorten,
+    swap,
+    trim_log,
+    write_aside,
+    write_safetensors,
+)
 from data import ClipFolder
 from dit import AudioDiT, DiTConfig, add_noise, load_wan_checkpoint, sample_teacher, velocity, x0_from_velocity
+from muon import Muon
 from vae import load_vae
 
 # ---------------------------------------------------------------------------------------------------------------- config
@@ -49,7 +68,8 @@ class TeacherConfig:
     steps: int = 20000              # optimiser steps (paper: 15,000)
     batch: int = 4                  # chunks a step, over all processes (paper: 4, whether of each GPU or of all is not said)
     micro: int = 4                  # chunks a network call of one process; gradients add up over the calls of a step
-    lr: float = 4e-4                # peak of AdamW's learning rate (paper: not given)
+    optimizer: str = "muon"         # "muon" (muon.py) learns about twice as much a step; "adamw" is what the paper used
+    lr: float = 2e-3                # peak of AdamW's learning rate, Muon's is ten times as high (paper: not given)
     warmup: int = 300               # steps until it is reached
     decay: float = 0.3              # share of the steps, at the end, in which it falls to zero
     ema: float = 0.999              # memory of the averaged weights, which are the ones shipped
@@ -82,8 +102,8 @@ class TeacherConfig:
 PRESETS = {"tiny": TeacherConfig(),
            "debug": TeacherConfig(network="debug", steps=150, batch=2, micro=2, lr=2e-3, warmup=20, ema=0.95, cold=0.0, temporal=0.0, face=0.0,
                                   offsets=1, references=1, chunks=1, every=100, minutes=1.0, val=1),
-           "wan-1.3b": TeacherConfig(network="wan-1.3b", steps=15000, batch=64, micro=1, lr=1e-5, warmup=500, decay=0.1, ema=0.9999, shift=5.0,
-                                     checkpointing=True, every=500, minutes=30.0)}
+           "wan-1.3b": TeacherConfig(network="wan-1.3b", steps=15000, batch=64, micro=1, optimizer="adamw", lr=1e-5, warmup=500, decay=0.1,
+                                     ema=0.9999, shift=5.0, checkpointing=True, every=500, minutes=30.0)}
 NETWORKS = dit.PRESETS | {"debug": DiTConfig(dim=192, ffn_dim=384, heads=4, layers=3, audio_tokens=4, audio_hidden=64)}
 FREE = ("steps", "latents", "ema", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)    # noise levels of the validation loss
@@ -152,46 +172,16 @@ class State:
 
     def __init__(self, model, cfg):
         self.model, named = model, dict(model.named_parameters())
-        self.opt = torch.optim.AdamW(named.values(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        prefix = "blocks." if cfg.optimizer == "muon" else None                 # first and last layer stay with AdamW
+        self.opt = Muon(named, cfg.lr, prefix, weight_decay=0.01)
         self.ema = {k: p.detach().clone() for k, p in named.items()}
-        for p in named.values():                                                # what AdamW would make in its first step; made now, the
-            self.opt.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p.detach()),        # names are always all there
-                                 "exp_avg_sq": torch.zeros_like(p.detach())}
         self.tensors = {f"model.{k}": p.detach() for k, p in named.items()} | {f"ema.{k}": v for k, v in self.ema.items()}
-        self.tensors |= {f"adam.{key}.{k}": v for k, p in named.items() for key, v in self.opt.state[p].items()}
+        self.tensors |= {f"optimizer.{key}.{k}": v for k, p in named.items() for key, v in self.opt.state[p].items()}
 
     @torch.no_grad()
     def average(self, decay):
         for k, p in self.model.named_parameters():
             self.ema[k].lerp_(p, 1 - decay)
-
-    @torch.no_grad()
-    def swap(self):
-        """The averaged weights go into the network and its own into `ema`; once more, and all is as before, bit for bit."""
-        for k, p in self.model.named_parameters():
-            own = p.clone()
-            p.copy_(self.ema[k])
-            self.ema[k].copy_(own)
-
-    def save(self, path, step, cfg):
-        """One .safetensors, written by the first process. If that fails, a warning: the run goes on."""
-        try:
-            write_safetensors(path, gather(self.tensors), {"step": str(step), "config": json.dumps(asdict(cfg))})
-        except OSError as error:
-            print(f"warning: no checkpoint at step {step}: {error}", file=sys.stderr)
-
-    @torch.no_grad()
-    def load(self, path, cfg):
-        """-> steps done, also by another number of processes. ValueError if other options made it; those of FREE may change."""
-        with safe_open(path, "pt") as file:
-            old = json.loads(file.metadata()["config"])
-            other = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(cfg).items() if k not in FREE and old.get(k) != v]
-            if other:
-                raise ValueError(f"{path} was made with other options: {', '.join(other)}")
-            for name, tensor in self.tensors.items():
-                new = file.get_tensor(name).to(tensor.device)
-                tensor.copy_(distribute_tensor(new, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else new)
-            return int(file.metadata()["step"])
 
 
 def export(out, config, ema, step):
@@ -203,8 +193,7 @@ def export(out, config, ema, step):
     if (out / "student.safetensors").exists() and every.get("dit") != asdict(config):
         print(f"warning: {out / 'student.safetensors'} is a network of another size and will not load any more", file=sys.stderr)
     write_safetensors(out / "teacher.safetensors", tensors, {"class": "AudioDiT", "trained": "yes", "steps": str(step)})
-    Path(f"{path}.part").write_text(json.dumps(every | {"dit": asdict(config)}, indent=1), encoding="utf-8")
-    os.replace(f"{path}.part", path)
+    write_aside(path, lambda part: part.write_text(json.dumps(every | {"dit": asdict(config)}, indent=1), encoding="utf-8"))
 
 # ----------------------------------------------------------------------------------------------------------------- train
 
@@ -231,8 +220,8 @@ def strip(model, vae, chunks, cfg, device, path, steps=20, guidance=3.0):
             picked = video[0, :, np.linspace(0, chunk.length - 1, 8).astype(int)]                   # (3, 8, H, W)
             rows.append(picked.permute(2, 1, 3, 0).flatten(1, 2))                                   # (H, 8 W, 3)
     if path:                                                                    # None: another process writes it
-        Image.fromarray(((torch.cat(rows) + 1) * 127.5).round().clamp(0, 255).byte().numpy()).save(f"{path}.part", "PNG")
-        os.replace(f"{path}.part", path)
+        image = Image.fromarray(((torch.cat(rows) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
+        write_aside(path, lambda part: image.save(part, "PNG"))
 
 
 def plot(run):
@@ -265,26 +254,27 @@ def train(cfg, model, vae, pools, val, run, resume=False, device="cpu", rank=0, 
         block.compile(dynamic=False)
     state = State(model, cfg)
     checkpoint = run / "checkpoint.safetensors"
-    start = state.load(checkpoint, cfg) if resume and checkpoint.exists() else 0
-    log = open_log(run / "log.jsonl", start) if rank == 0 else None
+    start = load_checkpoint(checkpoint, state.tensors, cfg, FREE) if resume and checkpoint.exists() else 0
+    if rank == 0:
+        trim_log(run / "log.jsonl", start)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.bf16)
     losses, began, clock, last_save = [], *[time.time()] * 3
     for step in tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, unit="step", disable=None if rank == 0 else True):
         record = {"step": step}
         # -------------------------------------------------------------------------------------------- evaluate
         if step % cfg.every == 0 or step == cfg.steps:
-            state.swap()
+            swap(model, state.ema)
             with autocast:
                 record["val"] = {str(k): round(v, 5) for k, v in validate(model, val, cfg, device).items()}
-            state.swap()
+            swap(model, state.ema)
         # --------------------------------------------------------------------------------------- save and sample
         age = mean([torch.tensor(time.time() - last_save, device=device)])[0]   # the same on every process
         if age > 60 * cfg.minutes or step == cfg.steps:
-            state.save(checkpoint, step, cfg)
-            state.swap()
+            save_checkpoint(checkpoint, state.tensors, step, cfg)
+            swap(model, state.ema)
             with autocast:
                 strip(model, vae, val, cfg, device, run / "strip.png" if rank == 0 else None)
-            state.swap()
+            swap(model, state.ema)
             last_save = time.time()
         # ------------------------------------------------------------------------------------------------ TRAIN
         if step < cfg.steps:
@@ -295,7 +285,7 @@ def train(cfg, model, vae, pools, val, run, resume=False, device="cpu", rank=0, 
         # -------------------------------------------------------------------------------------------------- log
         if rank == 0:
             record["seconds"] = round(time.time() - clock, 3)
-            print(json.dumps(record), file=log, flush=True)
+            log(run / "log.jsonl", record)
             if "val" in record or step % 50 == 0:
                 pace = (time.time() - began) / (step + 1 - start)               # seconds a step, all in all
                 tqdm.write(" | ".join([f"step {step:5d}/{cfg.steps}", f"loss {np.mean(losses[-50:] or [0]):.4f}",
@@ -338,12 +328,12 @@ def build_parser():
     p.add_argument("--cache", nargs="+", help="where data.py's decoded frames lie, one per folder (default: FOLDER/.cache-SIZE)")
     p.add_argument("--weights", type=Path, default=Path("weights/tiny"), help="folder of config.json, vae.safetensors, wav2vec2 (%(default)s)")
     p.add_argument("--out", type=Path, help="where teacher.safetensors goes (default: --weights)")
-    p.add_argument("--run", type=Path, default=Path("runs/teacher"), help="checkpoint, log, pictures, encoded chunks (%(default)s)")
+    p.add_argument("--run-dir", dest="run", type=Path, default=Path("runs/teacher"), help="checkpoint, log, pictures, encoded chunks (%(default)s)")
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="what the options below are unless given (%(default)s)")
     p.add_argument("--init", type=Path, help="start from a teacher.safetensors, or from an official Wan2.1 text-to-video checkpoint")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run")
-    p.add_argument("--plot", action="store_true", help="draw the curves of --run and stop")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run-dir")
+    p.add_argument("--plot", action="store_true", help="draw the curves of --run-dir and stop")
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if there is one")
     meaning = dict(re.findall(r"    (\w+): .*?# (.*)", inspect.getsource(TeacherConfig)))
     for field in fields(TeacherConfig):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
@@ -373,6 +363,7 @@ def prepare(args, cfg, device, rank, world):
 
 
 def main(argv=None):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # kill is Ctrl-C
     args = build_parser().parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(TeacherConfig) if getattr(args, f.name) is not None}
     cfg = replace(PRESETS[args.preset], **given)

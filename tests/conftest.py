@@ -1,6 +1,15 @@
-"""The scripts lie flat in the repository's root; make them importable from here."""
+"""The scripts lie flat in the repository's root; make them importable from here. And a warning is an error."""
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+WARNINGS = ("error",                                                            # what a library warns of today breaks tomorrow; but
+            "ignore:.*torch.jit:DeprecationWarning",                            # the official metrics are TorchScript files,
+            "ignore:Detected pickle protocol:UserWarning",                      # a test makes a file of that kind on purpose,
+            r"ignore:.*\.png:pytest.PytestUnraisableExceptionWarning")          # a picture of which metrics.py reads the size
+
+
+def pytest_configure(config):
+    for line in WARNINGS:
+        config.addinivalue_line("filterwarnings", line)

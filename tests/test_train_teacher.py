@@ -1,4 +1,5 @@
 """Laws of the teacher's training. The networks here are random and small: a law holds for any weights."""
+import importlib
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 import dit
 import infer
 import train_teacher as tt
-from chunks import Pools, chunk_starts, collate, encode_clips, load_row
+from chunks import Pools, chunk_starts, collate, encode_clips, load_row, swap
 from data import Clip, write_mp4
 from vae import PRESETS as VAE
 from vae import WanVAE
@@ -265,7 +266,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(pools, vae, chunks, 
 def test_a_killed_run_goes_on_bit_for_bit(pools, vae, chunks, tmp_path, monkeypatch):
     """Law: killed at any step and resumed, a run has the same losses, weights, averages and optimiser as one that was left alone."""
     whole, losses = run(tmp_path / "a", vae, pools, chunks)
-    step_of, save = tt.train_step, tt.State.save
+    step_of, save = tt.train_step, tt.save_checkpoint
 
     def killed(state, vae, pools, cfg, step, *rest):
         if step == 4:
@@ -274,11 +275,11 @@ def test_a_killed_run_goes_on_bit_for_bit(pools, vae, chunks, tmp_path, monkeypa
 
     monkeypatch.setattr(tt, "train_step", killed)
     monkeypatch.setattr(tt, "strip", lambda *a: None)
-    monkeypatch.setattr(tt.State, "save", lambda self, path, step, cfg: step <= 3 and save(self, path, step, cfg))
+    monkeypatch.setattr(tt, "save_checkpoint", lambda path, tensors, step, cfg: step <= 3 and save(path, tensors, step, cfg))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", vae, pools, chunks, minutes=0.0)                    # last saved before step 3, killed in step 4
     monkeypatch.setattr(tt, "train_step", step_of)
-    monkeypatch.setattr(tt.State, "save", save)
+    monkeypatch.setattr(tt, "save_checkpoint", save)
     resumed, rest = run(tmp_path / "b", vae, pools, chunks, resume=True, model=network(seed=9))
     assert len(rest) == 3 and rest == losses[3:]
     assert all(torch.equal(whole.tensors[k], resumed.tensors[k]) for k in whole.tensors)
@@ -329,9 +330,9 @@ def test_validation_is_fixed_and_leaves_no_trace(pools, vae, chunks):
         v.add_(0.01)
     own = tt.validate(state.model, chunks[:2], CFG, "cpu")
     assert own == tt.validate(state.model, chunks[:2], CFG, "cpu") and list(own) == list(tt.BINS)
-    state.swap()
+    swap(state.model, state.ema)
     assert tt.validate(state.model, chunks[:2], CFG, "cpu") != own
-    state.swap()
+    swap(state.model, state.ema)
     assert all(torch.equal(v, before[k]) for k, v in state.tensors.items() if k.startswith("model."))
 
 
@@ -354,7 +355,7 @@ def folder(tmp_path_factory, clips, vae):
 
 def test_debug_preset_learns_a_chunk_by_heart(folder, capsys):
     """Law: `--preset debug` knows one chunk by heart. The best answer without knowing it costs about 1; below 0.3 it knows it."""
-    tt.main(["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--run", str(folder / "run"), "--preset", "debug",
+    tt.main(["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--run-dir", str(folder / "run"), "--preset", "debug",
              "--device", "cpu", "--steps", "120"])
     assert float(capsys.readouterr().out.split("\nloss: ")[1].split()[0]) < 0.3
     with safe_open(folder / "weights/teacher.safetensors", "pt") as file:
@@ -362,7 +363,7 @@ def test_debug_preset_learns_a_chunk_by_heart(folder, capsys):
     models = infer.load(folder / "weights", "teacher", "cpu", "float32")        # what was exported can be used
     assert models.trained and models.dit.config.dim == tt.NETWORKS["debug"].dim
     assert (folder / "run/strip.png").exists()
-    tt.main(["--plot", "--run", str(folder / "run")])
+    tt.main(["--plot", "--run-dir", str(folder / "run")])
     assert (folder / "run/loss.png").exists()
 
 
@@ -370,7 +371,7 @@ def test_bad_input_is_one_line(folder, capsys):
     """Law: what a user can get wrong ends in exit code 2 and one line."""
     for bad in (["--data", str(folder / "nowhere")], [], ["--data", str(folder / "clips"), "--micro", "3"]):
         with pytest.raises(SystemExit) as stop:
-            tt.main([*bad, "--weights", str(folder / "weights"), "--run", str(folder / "bad"), "--preset", "debug", "--device", "cpu"])
+            tt.main([*bad, "--weights", str(folder / "weights"), "--run-dir", str(folder / "bad"), "--preset", "debug", "--device", "cpu"])
         text = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == 2 and text[-1].startswith("train_teacher.py: ")
     with pytest.raises(SystemExit) as stop:
@@ -387,9 +388,9 @@ def test_two_processes_have_the_losses_of_one(folder):
     options = ["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--out", str(folder / "out"), "--preset", "debug",
                "--device", "cpu", "--steps", "2", "--chunks", "0", "--cold", "0.3", "--no-bf16", "--batch", "4", "--micro", "2",
                "--temporal", "0.1", "--pixel-every", "2"]
-    tt.main([*options, "--run", str(folder / "run1")])
+    tt.main([*options, "--run-dir", str(folder / "run1")])
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train_teacher.py"), *options, "--run", str(folder / "run2")]
+    command = [sys.executable, str(ROOT / "train_teacher.py"), *options, "--run-dir", str(folder / "run2")]
     jobs = [subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
             for rank in "01"]
     errors = [job.communicate(timeout=100)[1].decode() for job in jobs]
@@ -402,3 +403,12 @@ def test_two_processes_have_the_losses_of_one(folder):
     with safe_open(folder / "run1/checkpoint.safetensors", "pt") as one, safe_open(folder / "run2/checkpoint.safetensors", "pt") as two:
         assert set(one.keys()) == set(two.keys())
         assert all(torch.allclose(one.get_tensor(k), two.get_tensor(k), atol=1e-4) for k in one.keys() if k.startswith("ema."))
+
+
+@pytest.mark.parametrize("script", ["train_teacher", "distill_student"])
+def test_torchrun_passes_every_flag_on(script):
+    """torchrun takes a flag that begins like one of its own for itself: `--run` was one of them."""
+    from torch.distributed.run import parse_args
+    flags = [flag for action in importlib.import_module(script).build_parser()._actions for flag in action.option_strings]
+    for flag in flags:
+        assert parse_args(["--nproc_per_node=2", f"{script}.py", flag]).training_script_args == [flag]
