@@ -1,4 +1,4 @@
-"""Recording -> Wav2Vec2 hidden states at 25 fps -> the audio tokens of every latent frame. Paper section 3.1.
+"""Recording -> Wav2Vec2 hidden states at 25 fps -> the audio tokens of every latent frame. Paper sections 3.1 and 3.2, Eq. 23.
 
 The DiT never hears a waveform. A frozen Wav2Vec2 turns 16 kHz sound into hidden states, one vector per video frame and layer; a latent is told
 about its own frames and two more on each side. In the order of this file:
@@ -112,7 +112,7 @@ def transformer_states(model, features):
 
 
 def encode(model, wave):
-    """wave (B, 640 T), normalised -> L tensors (B, T, A), an entry per video frame. For training and use."""
+    """wave (B, 640 T), normalised -> L tensors (B, T, A), an entry per video frame."""
     features = model.feature_extractor(wave)                                # (B, conv width, ~2T) at 50 Hz
     features = F.interpolate(features, size=wave.shape[-1] // HOP, mode="linear", align_corners=True)
     return transformer_states(model, features.transpose(1, 2))
@@ -124,7 +124,7 @@ class AudioEncoder:
     .layers L and .dim A are the sizes of features(). ValueError / FileNotFoundError if it does not load."""
 
     def __init__(self, name_or_path, device="cpu"):
-        from huggingface_hub import logging as hub  # here: the import takes seconds
+        from huggingface_hub import constants, get_session  # here: the imports take seconds
         from transformers import Wav2Vec2Model, logging
         folder = Path(name_or_path)
         if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
@@ -132,11 +132,16 @@ class AudioEncoder:
         for name in ("config.json", "model.safetensors"):
             if folder.exists() and not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no Wav2Vec2: {name} is missing")
-        hub.set_verbosity_error()                           # else it counts attempts without a network,
-        logging.set_verbosity_error()                       # lists what is left over (base-960h has a head
-        logging.disable_progress_bar()                      # for letters), and draws bars
+        logging.set_verbosity_error()                       # else it lists what is left over (base-960h has a
+        logging.disable_progress_bar()                      # head for letters), and draws bars
         try:
-            model, found = Wav2Vec2Model.from_pretrained(str(name_or_path), dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+            if not (here := folder.exists()):               # a hub name: one question, for without a network
+                get_session().head(constants.ENDPOINT, timeout=3)               # from_pretrained asks for 40 s
+        except Exception:                                   # whatever httpx calls it: only a name fetched before
+            here = True                                     # can be loaded now
+        try:
+            model, found = Wav2Vec2Model.from_pretrained(
+                str(name_or_path), dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=here)
         except Exception as error:                          # hub, json, wrong sizes, broken files ...
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"cannot load a Wav2Vec2 from {name_or_path}: {reason}") from None
@@ -147,10 +152,9 @@ class AudioEncoder:
 
     @torch.no_grad()
     def features(self, audio, start, frames):
-        """Hidden states of the video frames [start, start + frames) of a recording: float32 (frames, L, A).
+        """Hidden states of the video frames [start, start + frames) of a recording, `audio` (samples,) at 16 kHz: float32 (frames, L, A).
 
-        audio: float32 (samples,) at 16 kHz, all of it. Read are at most 8 s that end with the last frame
-        asked for, nothing later; so the cost does not grow with the length. After the end it is silent."""
+        Read are at most 8 s that end with the last frame asked for: a chunk hears no future, and the cost does not grow. After the end: silence."""
         if start < 0 or not 1 <= frames <= CONTEXT:
             raise ValueError(f"features() makes 1 to {CONTEXT} frames, start >= 0: not {frames} from {start}")
         begin, end = max(0, start + frames - CONTEXT), start + frames
@@ -173,15 +177,14 @@ def latent_windows(features):
 
 
 class AudioProjection(nn.Module):
-    """features (B, T, L, A) -> audio tokens (B, F, S, D) for the cross-attention of each latent frame."""
+    """a = MLP(W2V(A)) of Eq. 23: features (B, T, L, A) -> audio tokens (B, F, S, D) for the cross-attention of each latent frame."""
 
     def __init__(self, layers, dim, width, tokens=32, hidden=512):
         super().__init__()
         self.tokens, self.width = tokens, width
         self.first = nn.Linear(5 * layers * dim, hidden)                    # latent 0 has a window of its own
         self.rest = nn.Linear(8 * layers * dim, hidden)
-        self.shared = nn.Sequential(
-            nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, tokens * width))
+        self.shared = nn.Sequential(nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, tokens * width))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, features):
@@ -208,21 +211,20 @@ VISEMES = {"sil": ("sil",),
 PHONES = [phone for group in VISEMES.values() for phone in group]
 VISEME_OF = torch.tensor([i for i, group in enumerate(VISEMES.values()) for _ in group])    # phone -> class
 
-# audio: int16 at 16 kHz; every 10 ms an index into PHONES and how sure that label is (0..1)
-Recording = namedtuple("Recording", "speaker audio phone weight")
+Recording = namedtuple("Recording", "speaker audio phone weight")           # int16 at 16 kHz; every 10 ms: index into PHONES, how sure (0..1)
 
 
 @dataclass(frozen=True)
 class AudioConfig:
     steps: Annotated[int, "optimiser steps"] = 5200
     every: Annotated[int, "steps from log line to log line and checkpoint to checkpoint"] = 100
-    frames: Annotated[int, "video frames in a batch, cut into windows of 2, 4 or 8 s"] = 800
+    frames: Annotated[int, "video frames of a batch, cut into windows of 2, 4 or 8 s"] = 800
     lr: Annotated[float, "peak of AdamW's learning rate, after at most 200 steps of warm-up"] = 1e-3
-    dropout: Annotated[float, "in the transformer"] = 0.15
-    ema: Annotated[float, "memory of the averaged weights, which are the ones shipped"] = 0.998
+    dropout: Annotated[float, "share of the transformer's activations that a step drops"] = 0.15
+    ema: Annotated[float, "decay of the averaged weights, which are the ones shipped"] = 0.998
     fold: Annotated[int, "speakers with crc32(name) modulo 10 = FOLD are held out"] = 0
-    bf16: Annotated[int, "1: bfloat16 autocast, 0: plain float32"] = 1
-    seed: Annotated[int, "of everything random"] = 0
+    bf16: Annotated[int, "1: bfloat16 autocast; 0: plain float32"] = 1
+    seed: Annotated[int, "seed of everything random: same seed, same weights"] = 0
 
 
 def new_model(dropout=0.0):
@@ -233,11 +235,10 @@ def new_model(dropout=0.0):
     loudness), and stay so: a random start has to find the like first. Their learnt bias is what the layer norm compares weak sound with."""
     from transformers import Wav2Vec2Config, Wav2Vec2Model
     model = Wav2Vec2Model(Wav2Vec2Config(
-        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024,
-        conv_dim=(192, 192, 256), conv_kernel=(200, 4, 3), conv_stride=(40, 4, 2), num_feat_extract_layers=3,
-        feat_extract_norm="layer", num_conv_pos_embeddings=15, num_conv_pos_embedding_groups=8,
-        hidden_dropout=dropout, attention_dropout=dropout, feat_proj_dropout=dropout, activation_dropout=0.0,
-        layerdrop=0.0, mask_time_prob=0.0, conv_bias=True, vocab_size=len(PHONES)))
+        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, num_conv_pos_embeddings=15,
+        num_conv_pos_embedding_groups=8, conv_dim=(192, 192, 256), conv_kernel=(200, 4, 3), conv_stride=(40, 4, 2), conv_bias=True,
+        num_feat_extract_layers=3, feat_extract_norm="layer", hidden_dropout=dropout, attention_dropout=dropout, feat_proj_dropout=dropout,
+        activation_dropout=0.0, layerdrop=0.0, mask_time_prob=0.0, vocab_size=len(PHONES)))
     conv = model.feature_extractor.conv_layers[0].conv
     hertz = 700 * torch.expm1(torch.linspace(np.log1p(80 / 700), np.log1p(7600 / 700), 48))[:, None]   # mel
     t = torch.arange(200) - 99.5
@@ -352,7 +353,7 @@ def train(cfg, takes, out, run, resume=False, device="cpu"):
     done = load_checkpoint(checkpoint, nets, optimizer, cfg) if resume else 0
     losses, began = [], time.time()
     for step in tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, unit="step", disable=None):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)                      # dropout
+        torch.manual_seed(cfg.seed * 1_000_003 + step)                      # so that --resume drops out the same
         batch = training_batch(takes, cfg, np.random.default_rng((cfg.seed, step)))
         wave, target, weight = (x.to(device) for x in batch)
         rate = cfg.lr * min(1, (step + 1) / min(200, cfg.steps / 10))
@@ -370,8 +371,7 @@ def train(cfg, takes, out, run, resume=False, device="cpu"):
         losses.append(loss.item())
         if (step + 1) % cfg.every == 0 or step + 1 == cfg.steps:
             loss, speed = np.mean(losses[-cfg.every:]), cfg.frames * cfg.every / (time.time() - began)
-            tqdm.write(f"step {step + 1:5d}/{cfg.steps} | loss {loss:.4f} | norm {norm:.2f} | lr {rate:.1e} "
-                       f"| {speed:.0f} frames/s")
+            tqdm.write(f"step {step + 1:5d}/{cfg.steps} | loss {loss:.4f} | norm {norm:.2f} | lr {rate:.1e} | {speed:.0f} frames/s")
             save_checkpoint(checkpoint, nets, optimizer, step + 1, cfg)
             began = time.time()
     aside = out / ".part"
@@ -412,16 +412,16 @@ def evaluate(out, takes, device="cpu"):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--speech", required=True, help="folder of recordings SPEAKER-ANYTHING.flac")
-    parser.add_argument("--phones", required=True, help="folder of tables: start s, end s, phone, confidence")
-    parser.add_argument("--out", type=Path, default=Path("weights/tiny/wav2vec2"), help="(%(default)s)")
-    parser.add_argument("--run", type=Path, default=Path("runs/audio"), help="checkpoint (%(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--speech", required=True, default=argparse.SUPPRESS, help="folder of recordings SPEAKER-ANYTHING.flac")
+    parser.add_argument("--phones", required=True, default=argparse.SUPPRESS, help="folder of tables, *.tsv: start s, end s, phone, confidence")
+    parser.add_argument("--out", type=Path, default="weights/tiny/wav2vec2", help="folder for the weights and their figures")
+    parser.add_argument("--run-dir", dest="run", type=Path, default="runs/audio", help="folder for the checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    parser.add_argument("--evaluate", action="store_true", help="measure --out on held-out speakers")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--evaluate", action="store_true", help="do not train, measure --out on held-out speakers")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute; auto: a GPU if there is one")
     for entry in fields(AudioConfig):
-        parser.add_argument(f"--{entry.name}", type=entry.type.__origin__, default=entry.default, help=f"{entry.type.__metadata__[0]} (%(default)s)")
+        parser.add_argument(f"--{entry.name}", type=entry.type.__origin__, default=entry.default, help=entry.type.__metadata__[0])
     args = parser.parse_args(argv)
     cfg = AudioConfig(**{entry.name: getattr(args, entry.name) for entry in fields(AudioConfig)})
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

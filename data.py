@@ -1,22 +1,18 @@
-"""data.py - a folder of talking-head videos -> training chunks; and the paper's Appendix F as a command.
+"""data.py - a folder of talking-head videos -> clips, decoded once; and the paper's Appendix F as a command.
 
     python data.py cache CLIPS --size 128    decode every video once (the training scripts do it too)
     python data.py prepare RAW CLIPS         Eq. 18-22: raw footage -> clean clips and CLIPS/report.csv
 
 A video of any size and rate becomes squares at 25 frames a second and 16 kHz mono sound: frame i shows the moment (i + 0.5) / 25 s after the first
-picture, its sound is samples [640 i, 640 (i + 1)). ClipFolder keeps them as memory-mapped arrays; TalkingChunks cuts the tuples of Eq. 24 from them:
-
-    clip     |----------------------------------------------------------|
-    chunk 0  |=================|               `frames` = 4k + 1 long (81 frames are 21 latents)
-    chunk 1             |------===========|    first `overlap` frames = last `overlap` frames of chunk 0
-
-The VAE is causal: the latents of the overlap are the chunk's own first latents, kappa_gt needs no other data. Pictures are silent clips of one frame:
-the VAE can train on them, TalkingChunks passes over them. Left out: vocal separation (Eq. 23), hands over the face (DWPose), learned quality (DOVER).
+picture, its sound is samples [640 i, 640 (i + 1)). ClipFolder keeps them as memory-mapped arrays, chunks.py cuts the tuples of Eq. 24 from them.
+Pictures are silent clips of one frame: the VAE can train on them, chunks.py passes over them.
+Left out: vocal separation (Eq. 23), hands over the face (DWPose), learned quality (DOVER).
 """
 import argparse
 import csv
 import hashlib
 import json
+import signal
 import sys
 import tempfile
 import warnings
@@ -29,14 +25,13 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 FPS, RATE, HOP = 25, 16000, 640              # frames a second, samples a second, samples a frame
 HOLE, MAX_PIXELS = 60, 100_000_000           # seconds without a frame, pixels of a picture: more is damage or an attack
-VIDEOS = {".mp4", ".mpg", ".mpeg", ".mov", ".avi", ".mkv", ".webm"}
-PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
+VIDEOS, PICTURES = {".mp4", ".mpg", ".mpeg", ".mov", ".avi", ".mkv", ".webm"}, {".jpg", ".jpeg", ".png", ".webp"}
+FORMATS = "JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF"             # all that is opened: of others (EPS) Pillow would start programs
 FACE_BOX = (0.24, 0.18, 0.76, 0.88)          # a face in its square, fractions of the side: x0 y0 x1 y1
 warnings.filterwarnings("ignore", module=r"PIL\.")                        # what Pillow has to say on odd EXIF data
 
@@ -63,7 +58,7 @@ def filtered(container, stream, *filters, begin=None):
 def read_video(path):
     """Yields uint8 (H, W, 3) at 25 fps: picture i is the one on screen (i + 0.5) / 25 s after the first. Bad: ValueError, av's or Pillow's error."""
     if path.suffix.lower() in PICTURES:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
             yield np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
@@ -121,7 +116,7 @@ def decode(path, size, parser=None, faces=None):
     sidecar's face box, else the one `faces` mostly finds, else in the middle; a square file with a sidecar stays whole. Raises if it is bad."""
     sidecar, crop, frames, still = {}, None, bytearray(), path.suffix.lower() in PICTURES
     if path.with_suffix(".npz").exists():
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as npz:
+        with open(path.with_suffix(".npz"), "rb") as file, np.load(file, allow_pickle=False) as npz:
             sidecar = {key: npz[key] for key in ("mask", "box") if key in npz}
     box = sidecar.get("box")
     if faces and not sidecar:                # one look every 2 s
@@ -242,53 +237,12 @@ class ClipFolder:
         return "\n".join([head, *(f"  {name}: {why}" for name, why in self.skipped)])
 
 
-# ---------- clips -> training tuples (Eq. 24) ----------
-class TalkingChunks(torch.utils.data.Dataset):
-    """Chunks of `frames` (4k + 1) frames, each `frames - overlap` after the one before; too short or silent clips are left out, (name, reason) in
-    .skipped. Item i depends on (seed, epoch, i) alone, not on workers or order; set `.epoch` for other references and chunks that begin elsewhere.
-    An item: video uint8 (T, H, W, 3); reference uint8 (H, W, 3), I^ref; audio float32 (640 T,) in [-1, 1]; mask uint8 0/255 (T, H/4, W/4);
-    audio_start, its first frame in the clip; clip, name; chunk, number."""
-
-    def __init__(self, clips, frames=81, overlap=9, seed=0):
-        if frames % 4 != 1 or overlap % 4 != 1 or not 0 < overlap < frames:
-            raise ValueError(f"frames {frames} and overlap {overlap} must be 1, 5, 9, ...; overlap < frames")
-        self.clips = [clip for clip in clips if clip.length >= frames and len(clip.audio)]
-        self.skipped = [(clip.name, "no audio" if clip.length >= frames else f"{clip.length} frames of {frames}")
-                        for clip in clips if clip.length < frames or not len(clip.audio)]
-        if not self.clips:
-            raise ValueError(f"none of {len(clips)} clips has {frames} frames and sound")
-        self.frames, self.step, self.seed, self.epoch = frames, frames - overlap, seed, 0
-        self.counts = [1 + (clip.length - frames) // self.step for clip in self.clips]  # chunks of a clip
-        self.items = [(i, k) for i, count in enumerate(self.counts) for k in range(count)]
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, item):
-        return self.stream(*self.items[item], 1)[0]
-
-    def stream(self, clip_index, first, K):
-        """K chunks of a clip from chunk `first` on (IndexError past the last), with one reference from outside them, unless they fill it. -> list"""
-        if not 0 <= first < first + K <= self.counts[clip_index]:
-            raise IndexError(f"clip {clip_index} has {self.counts[clip_index]} chunks: not {first} + {K}")
-        clip, key = self.clips[clip_index], [self.seed, self.epoch, clip_index]
-        offset = int(np.random.default_rng(key).integers((clip.length - self.frames) % self.step + 1))
-        starts = [offset + self.step * k for k in range(first, first + K)]
-        outside = [f for f in range(clip.length) if not starts[0] <= f < starts[-1] + self.frames]
-        reference = clip.frames[np.random.default_rng([*key, first, K]).choice(outside or clip.length)]
-        return [{"video": torch.tensor(clip.frames[a:a + self.frames]), "reference": torch.tensor(reference),    # (T, H, W, 3), (H, W, 3)
-                 "audio": torch.tensor(clip.audio[a * HOP:(a + self.frames) * HOP] / np.float32(32768)),
-                 "mask": torch.tensor(clip.mask[a:a + self.frames]),                           # (T, H/4, W/4)
-                 "audio_start": a, "clip": clip.name, "chunk": k} for k, a in enumerate(starts, first)]
-
-
 # ---------- raw footage -> clean clips (Appendix F) ----------
 LIMITS = {                                   # name: (1 at least, -1 at most, 0 a setting; default; meaning)
     "size": (0, 256, "side of the clips, pixels"), "longest": (0, 20.0, "longer scenes are divided, seconds"),
     "cut": (0, 5.0, "change between two frames that begins a new scene, grey levels"),
-    "alike": (0, 0.95, "Eq. 19: two visual hashes closer than this are one video"), "seconds": (1, 3.24, "shortest clip: one chunk"),
-    "rho": (1, 0.9, "Eq. 21: share of frames with a face"),
-    "sharpness": (1, 30.0, "q of Eq. 22, here the median variance of the Laplacian at 128 px"),
+    "alike": (0, 0.95, "Eq. 19: two visual hashes closer than this are one video"), "seconds": (1, 3.24, "length, seconds; 3.24 are a chunk"),
+    "rho": (1, 0.9, "share of frames with a face, Eq. 21"), "sharpness": (1, 30.0, "q of Eq. 22, here: median variance of the Laplacian at 128 px"),
     "frozen": (-1, 0.7, "share of frames like the one before"), "black": (-1, 0.1, "share of black frames"),
     "loudness": (1, -45.0, "root mean square of the sound, dB of full scale"), "clipping": (-1, 0.01, "share of samples at full scale"),
     "sync_c": (1, 3.0, "Sync-C, with --syncnet"), "sync_d": (-1, 10.0, "Sync-D, with --syncnet")}
@@ -307,7 +261,7 @@ def visual_hash(grey):
 
 
 def scenes_of(grey, cut, longest):
-    """(first, last + 1) of each scene in grey (N, 16, 16): a cut is over `cut` and 4 x the change around it; over `longest` frames are divided."""
+    """Eq. 20, one scene a clip: grey (N, 16, 16) -> (first, last + 1) of each. A cut: over `cut` and 4 x the change around it. Longer: divided."""
     change = np.abs(np.diff(grey, axis=0)).mean((1, 2))
     cuts = [f + 1 for f, c in enumerate(change) if c > max(cut, 4 * np.median(change[max(0, f - 12):f + 13]))]
     return [(int(part[0]), int(part[-1]) + 1) for scene in np.split(np.arange(len(grey)), cuts)
@@ -423,17 +377,17 @@ def main(argv=None):
     clean = commands.add_parser("prepare", help="Appendix F: raw footage -> clean clips and report.csv")
     clean.add_argument("src", type=Path, help="folder of raw videos")
     clean.add_argument("dst", type=Path, help="folder for the clips and report.csv; must not hold clips yet")
-    clean.add_argument("--syncnet", help="weights of the SyncNet of evaluate.py")
-    for key, (_, value, text) in LIMITS.items():
-        clean.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=f"{text} (default {value})")
+    clean.add_argument("--syncnet", help="weights of a SyncNet that measures Sync-C and Sync-D (default none: not filtered)")
+    for key, (sign, value, text) in LIMITS.items():
+        text = f"{('', 'at least this ', 'at most this ')[sign]}{text} (default {value})"
+        clean.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=text)
     args = vars(parser.parse_args(argv))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                # `kill` ends as Ctrl-C does: nothing half-written stays in the cache
     try:
         if args.pop("command") == "cache":
             return print(ClipFolder(split="all", **args).report())
         if args["syncnet"]:
-            if not Path(__file__).with_name("evaluate.py").exists():
-                raise ValueError("--syncnet needs evaluate.py, which is not here: go without --syncnet")
-            from evaluate import syncnet_scorer
+            from metrics import syncnet_scorer  # here: metrics.py stands above this file
             args["syncnet"] = syncnet_scorer(args["syncnet"])
         else:
             print("no SyncNet given: Sync-C/D not filtered")
@@ -442,7 +396,7 @@ def main(argv=None):
         print(f"clips kept: {len(kept)} of {len(rows)}  minutes: {sum(kept) / 60:.1f}")
         why = Counter(reason.split()[0] for row in rows for reason in row["reason"].split("; ") if reason)
         print("rejected:", "  ".join(f"{reason} {n}" for reason, n in why.most_common()) or "none")
-    except (OSError, ValueError, ImportError, KeyboardInterrupt) as error:
+    except (OSError, ValueError, KeyboardInterrupt) as error:
         sys.exit(print(f"data.py: {str(error) or 'stopped'}", file=sys.stderr) or (130 if isinstance(error, KeyboardInterrupt) else 2))
 
 

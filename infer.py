@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import warnings
@@ -31,13 +32,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from audio import AudioEncoder, load_audio
+from data import FORMATS, MAX_PIXELS
 from dit import AudioDiT, DiTConfig, sample_student, sample_teacher, student_sigmas
 from tre import IDENTITY, continuity_reference
 from vae import WanVAE, load_vae
 
 FPS, HOP = 25, 640                                                              # frames a second; samples a frame at 16 kHz
 CHUNK = 81                                                                      # frames a chunk: 21 latents, 3.24 s
-MAX_PIXELS = 100_000_000                                                        # of an input picture; more is a mistake or an attack
 MADE_BY = "Synthetic video: a machine animated one picture to one recording (AsymTalker, arXiv 2605.02948)."
 
 # ---------------------------------------------------------------------------------------------------------------- models
@@ -85,13 +86,13 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
             tensors = {k: file.get_tensor(k).float() for k in file.keys()}
             trained = (file.metadata() or {}).get("trained") != "no"
         dit.load_state_dict(tensors, assign=True)
-        audio = AudioEncoder(folder / "wav2vec2" if config["audio"] == "wav2vec2" else config["audio"], device)
-        size = int(config["size"])
+        heard, size = str(config["audio"]), int(config["size"])
         if size < 16 or size % 16 or vae.config.z_dim != dit.config.channels:
             raise ValueError(f"size {size} (a multiple of 16) or the number of latent channels")
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the weights in {folder} do not fit together: {type(error).__name__}: {reason}") from None
+    audio = AudioEncoder(folder / heard if heard == "wav2vec2" else heard, device)             # its errors name the encoder: no second sentence
     if (audio.layers, audio.dim) != (dit.config.audio_layers, dit.config.audio_dim):
         raise ValueError(f"the weights in {folder} do not fit together: the generator hears {dit.config.audio_layers} x "
                          f"{dit.config.audio_dim} audio features, the audio encoder makes {audio.layers} x {audio.dim}")
@@ -102,7 +103,7 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
 
 
 def load_image(path, size):
-    """Any picture (also CMYK, palette, transparent, turned by EXIF) -> float32 (1, 3, size, size) in [-1, 1]: the centre square.
+    """A picture of one of FORMATS (also CMYK, palette, transparent, turned by EXIF) -> float32 (1, 3, size, size) in [-1, 1]: the centre square.
 
     The small preset knows faces that fill about half the height of the square, eyes a little above the middle.
     FileNotFoundError, or ValueError for what is not a picture, under 16 px or over 100 megapixels."""
@@ -112,7 +113,7 @@ def load_image(path, size):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                                     # Pillow's own warnings on size: we have our limit
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{path} has {image.width} x {image.height} pixels: scale it down first")
                 image = ImageOps.exif_transpose(image)
@@ -125,7 +126,7 @@ def load_image(path, size):
     except Image.DecompressionBombError:
         raise ValueError(f"{path} has far too many pixels: scale it down first") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture that can be read") from None
+        raise ValueError(f"{path} is not a picture that can be read: {', '.join(FORMATS)}") from None
     except (OSError, SyntaxError, EOFError, RuntimeError, MemoryError) as error:     # what Pillow's formats raise for damaged files
         raise ValueError(f"{path} cannot be read as a picture: {str(error) or type(error).__name__}") from None
     if min(image.size) < 16:
@@ -262,19 +263,20 @@ class Mp4Writer:
 def build_parser():
     p = argparse.ArgumentParser(description="One portrait and one recording in, a talking-head video out (arXiv 2605.02948).",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--image", required=True, help="a portrait: any picture file, one face, looking into the camera")
-    p.add_argument("--audio", required=True, help="a recording: wav, flac, mp3, ogg, m4a, mp4, ...; its length is the video's")
-    p.add_argument("--out", default="talking.mp4", help="the video (H.264 + AAC)")
-    p.add_argument("--weights", default=Path(__file__).parent / "weights" / "tiny", help="folder of weights")
-    p.add_argument("--network", choices=["student", "teacher"], default="student", help="which generator of that folder")
+    needed = {"required": True, "default": argparse.SUPPRESS}                   # its help shall not end in "(default: None)"
+    p.add_argument("--image", **needed, help="a portrait, jpg, png, webp, ...: one face, looking into the camera")
+    p.add_argument("--audio", **needed, help="a recording, wav, flac, mp3, ogg, m4a, mp4, ...: its length is the video's")
+    p.add_argument("--out", default="talking.mp4", help="the video to write (H.264 + AAC)")
+    p.add_argument("--weights", default=Path(__file__).parent / "weights" / "tiny", help="folder of weights (config.json and *.safetensors)")
+    p.add_argument("--network", choices=["student", "teacher"], default="student", help="which generator of that folder makes the video")
     p.add_argument("--steps", type=int, default=4, help="denoising steps a chunk; the teacher wants 20 to 50")
     p.add_argument("--guidance", type=float, default=3.0, help="audio guidance of the teacher, 1 = none; the student has none")
     p.add_argument("--seed", type=int, default=0, help="same seed, same video; another seed moves the head differently")
     p.add_argument("--continuity-frames", type=int, default=9, help="frames handed from chunk to chunk: 1, 5, 9 or 13")
-    p.add_argument("--handover", choices=["reencode", "latents"], default="reencode", help="how: decoded and encoded anew (paper), or raw")
+    p.add_argument("--handover", choices=["reencode", "latents"], default="reencode", help="hand them over decoded and encoded anew, or as latents")
     p.add_argument("--identity", choices=list(IDENTITY), default="tre", help="identity reference: Eq. 3, or encode-then-repeat, Eq. 29")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the generator and the decoder")
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute; auto: a GPU if there is one")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of generator and decoder; auto: bfloat16 if it is fast")
     p.add_argument("--compile", action="store_true", help="torch.compile the generator: slower start, faster chunks")
     p.add_argument("--bench", action="store_true", help="print frames a second, split by stage, first-frame latency, peak memory")
     return p
@@ -340,6 +342,7 @@ def keep_freed_memory():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     keep_freed_memory()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # `kill` ends as Ctrl-C does: no hidden part file stays behind
     try:
         run(args)
     except (ValueError, OSError, av.error.FFmpegError) as error:

@@ -12,6 +12,7 @@ Speech: a folder of SPEAKER-*.flac, with NAME.tsv (start s, end s, IPA label) in
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 import zlib
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from data import FORMATS
 from drawn import BROWS, OVAL, Puppet, draw_face, smoothstep
 
 # ----------------------------------------------------------------------------------------------------- config
@@ -136,7 +138,7 @@ def read_portraits(folder):
     if not table:
         raise FileNotFoundError(f"no portraits.npz in {folder} or beside it")
     try:
-        with np.load(table, allow_pickle=False) as f:
+        with open(table, "rb") as file, np.load(file, allow_pickle=False) as f:
             d = {k: f[k] for k in ("name", "lm", "gap", "yaw", "pitch", "eye_open")}
             d["sex"] = f["sex_est"] if "sex_est" in f else np.full(len(d["gap"]), "")
     except BROKEN as e:
@@ -156,7 +158,7 @@ def load_face(face):
     """A face of a plan -> (image (H, H, 3) uint8, points (468, 3) in its pixels)."""
     if face["path"] is None:
         return draw_face(face["seed"])
-    with Image.open(face["path"]) as image:
+    with Image.open(face["path"], formats=FORMATS) as image:
         return np.asarray(image.convert("RGB")), face["lm"]
 
 
@@ -309,8 +311,7 @@ def write_mp4(path, frames, audio):
         wave = av.AudioFrame.from_ndarray(audio[None], format="fltp", layout="mono")
         wave.sample_rate, wave.time_base, wave.pts = RATE, Fraction(1, RATE), 0
         out.mux(sound.encode(wave))
-        for stream in (video, sound):
-            out.mux(stream.encode(None))
+        out.mux([*video.encode(None), *sound.encode(None)])
 
 
 def make_clip(job):
@@ -336,13 +337,13 @@ def make_clip(job):
         mirror=job["mirror"], fps=FPS, recording=pieces[0][0], start=pieces[0][1], portraits=portraits, mouth=KEYS, pieces=pieces,
         phones=[(round(s, 3), round(e, 3), p) for s, e, p in phones])
     arrays = dict(mouth=m, opening=np.clip(gap / GAP, 0, 1), gap=gap, pose=pose, blink=x["lid"], box=[x0, y0, x1, y1])
-    base = str(Path(job["out"]) / job["name"])
-    np.savez_compressed(base + ".part.npz", mask=mask, **{k: np.asarray(v, np.float32) for k, v in arrays.items()})
-    Path(base + ".part.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
-    write_mp4(base + ".part.mp4", video, audio)
-    Path(base + ".mp4").unlink(missing_ok=True)             # an old video never stands under new labels
+    base, part = (Path(job["out"]) / name for name in (job["name"], "." + job["name"]))      # hidden: data.py passes over what is half written
+    np.savez_compressed(part.with_suffix(".npz"), mask=mask, **{k: np.asarray(v, np.float32) for k, v in arrays.items()})
+    part.with_suffix(".json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+    write_mp4(part.with_suffix(".mp4"), video, audio)
+    base.with_suffix(".mp4").unlink(missing_ok=True)        # an old video never stands under new labels
     for end in (".npz", ".json", ".mp4"):                   # the mp4 last: a clip that has one is complete
-        os.replace(base + ".part" + end, base + end)
+        os.replace(part.with_suffix(end), base.with_suffix(end))
 
 
 def is_made(base, job):
@@ -387,7 +388,7 @@ def report(out, jobs):
     got = []
     for path in (out / f"{job['name']}.npz" for job in jobs):
         try:
-            with np.load(path, allow_pickle=False) as f:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as f:
                 got.append([f[k] for k in ("pose", "blink", "gap")])
         except BROKEN as e:
             raise ValueError(f"{path} is broken ({e}): remove it and run again") from None
@@ -398,8 +399,7 @@ def report(out, jobs):
     print(f"shift_eye_distances: {spread(np.hypot(pose[:, 3], pose[:, 4]), '.3f')}")
     shut = sum(int((np.diff((b > .5).astype(int)) == 1).sum()) for _, b, _ in got)
     print(f"blinks_per_minute: {shut / len(blink) * FPS * 60:.1f}")
-    print(f"gap_eye_distances: {spread(gap, '.3f')}")
-    print(f"lips_closed_share: {(gap < .01).mean():.3f}")
+    print(f"gap_eye_distances: {spread(gap, '.3f')}\nlips_closed_share: {(gap < .01).mean():.3f}")
 
 
 def run(args):
@@ -416,26 +416,26 @@ def run(args):
     if args.workers == 1:
         list(tqdm(map(make_clip, todo), **bar))
     else:
-        with get_context("spawn").Pool(args.workers) as pool:
+        with get_context("spawn").Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:        # Ctrl-C is the parent's
             list(tqdm(pool.imap_unordered(make_clip, todo), **bar))
     print(f"clips: {len(jobs)} ({len(todo)} made now, {len(split['val'])} for validation)")
     if todo:
-        rate = len(todo) * jobs[0]["frames"] / (time.time() - start)
-        print(f"frames_per_second: {rate:.1f} (with {args.workers} workers)")
+        print(f"frames_per_second: {len(todo) * jobs[0]['frames'] / (time.time() - start):.1f} (with {args.workers} workers)")
     report(args.out, jobs)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--portraits", default="drawn", help="folder of portraits, or `drawn`")
-    parser.add_argument("--speech", type=Path, default=Path(__file__).resolve().parent / "assets" / "speech", help="folder of *.flac, phones")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the clips")
-    parser.add_argument("--clips", type=int, default=100, help="number of clips")
+    parser.add_argument("--portraits", default="drawn", help="folder of portraits and portraits.npz, or `drawn`: painted ones")
+    parser.add_argument("--speech", type=Path, default=Path(__file__).resolve().parent / "assets" / "speech", help="folder of *.flac with phones")
+    parser.add_argument("--out", required=True, type=Path, default=argparse.SUPPRESS, help="folder for the clips")
+    parser.add_argument("--clips", type=int, default=100, help="number of clips in the end, those already there included")
     parser.add_argument("--seconds", type=float, default=15.36, help="length of a clip; 15 s hold 5 chunks")
     parser.add_argument("--size", type=int, default=128, help="pixels of the square frame, a multiple of 8")
-    parser.add_argument("--seed", type=int, default=0, help="decides everything")
+    parser.add_argument("--seed", type=int, default=0, help="decides everything: same seed, same clips")
     parser.add_argument("--workers", type=int, default=1, help="processes; the clips do not depend on it")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if min(args.clips, args.workers) < 1 or args.seed < 0 or not 1 <= args.seconds <= 3600 or args.size < 32 or args.size % 8:
         parser.error("need --clips, --workers >= 1, --seconds 1-3600, --seed >= 0, --size 32, 40, 48, ...")
     try:

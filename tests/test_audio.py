@@ -1,8 +1,11 @@
 """Laws of audio.py: nothing is heard from the future, nothing moves in time, training can be interrupted."""
 import json
 import shutil
+import socket
+import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -221,6 +224,35 @@ def test_wrong_weights_raise_one_clear_line(tmp_path):
         AudioEncoder(tmp_path / "w")
 
 
+def test_a_hub_name_without_a_network_fails_at_once_and_a_folder_asks_nobody(monkeypatch):
+    """from_pretrained tries for 40 s to reach the hub; one question is enough to know that only what was fetched before can be loaded."""
+    asked, slept = [], []
+
+    def unreachable(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror("no network")
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    with pytest.raises(ValueError, match="cannot load a Wav2Vec2 from nobody/knows-this: .*connect") as error:
+        AudioEncoder("nobody/knows-this")
+    assert asked and not slept and "\n" not in str(error.value)
+    asked.clear()
+    AudioEncoder(WEIGHTS)
+    assert not asked
+
+
+def test_with_a_network_a_hub_name_may_be_downloaded(monkeypatch):
+    """The question decides nothing else: if the hub answers, transformers looks for the files as it always does."""
+    import huggingface_hub
+    from transformers import Wav2Vec2Model
+    seen = []
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
+    monkeypatch.setattr(Wav2Vec2Model, "from_pretrained", lambda name, **options: seen.append((name, options["local_files_only"])))
+    with pytest.raises(ValueError):                                     # nothing comes back from this one
+        AudioEncoder("nobody/knows-this")
+    assert seen == [("nobody/knows-this", False)]
+
+
 def test_shipped_weights_are_small(encoder):
     """The tiny preset's ears: at most 6 M parameters, in half precision on disk."""
     assert sum(p.numel() for p in encoder.model.parameters()) <= 6e6
@@ -313,14 +345,14 @@ def test_the_command_trains_measures_and_refuses(tmp_path, capsys):
     """python audio.py end to end: it leaves a folder that AudioEncoder loads, and figures in metrics.json."""
     speech, phones = map(str, write_tones(tmp_path, 12))
     common = ["--speech", speech, "--phones", phones, "--out", str(tmp_path / "w"), "--fold", "1"]
-    audio.main([*common, "--run", str(tmp_path / "run"), "--steps", "2", "--frames", "50", "--bf16", "0"])
+    audio.main([*common, "--run-dir", str(tmp_path / "run"), "--steps", "2", "--frames", "50", "--bf16", "0"])
     assert AudioEncoder(tmp_path / "w").dim == 256
     figures = json.loads((tmp_path / "w" / "metrics.json").read_text(encoding="utf-8"))
     assert 0 <= figures["phone_accuracy"] <= figures["viseme_accuracy"] <= 1 < figures["parameters"]
     assert "viseme_accuracy: " in capsys.readouterr().out
     nowhere = str(tmp_path / "no")
     for wrong in (["--speech", nowhere], ["--out", nowhere, "--evaluate"], ["--fold", "99"],
-                  ["--resume", "--run", nowhere]):
+                  ["--resume", "--run-dir", nowhere]):
         with pytest.raises(SystemExit) as stop:
             audio.main([*common, *wrong])
         message = capsys.readouterr().err

@@ -1,21 +1,22 @@
 """Laws of data.py: what a folder of videos becomes before a network sees it. The videos are made here."""
+import contextlib
 import csv
-import dataclasses
 import json
 import os
+import signal
 import struct
 import sys
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from itertools import pairwise
 
 import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import data
+import metrics
 
 RATE, HOP = data.RATE, data.HOP
 
@@ -83,10 +84,6 @@ def folder(tmp_path_factory):
         (path / f"{name}.json").write_text(json.dumps({"identity": who}), encoding="utf-8")
     Image.fromarray(talking(1, size=100)[0][0]).save(path / "portrait.png")
     return path
-
-
-def chunks_of(folder, **more):
-    return data.TalkingChunks(data.ClipFolder(folder, 32, "all").clips, frames=17, overlap=5, **more)
 
 
 # --- reading a file ---
@@ -182,6 +179,7 @@ def test_bad_files_are_rows_and_never_a_crash(tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "nonsense.avi").write_bytes(b"not a video" * 99)
     (tmp_path / "picture.png").write_bytes(b"not a picture")
+    Image.fromarray(pictures[0]).save(tmp_path / "program.png", "EPS")       # Pillow would start another program for it
     write_clip(tmp_path / "silent.mp4", pictures)
     write_clip(tmp_path / "one.mp4", pictures[:1], sound=sound[:1024])
     with av.open(str(tmp_path / "no video.mp4"), "w") as file:
@@ -197,12 +195,12 @@ def test_bad_files_are_rows_and_never_a_crash(tmp_path):
     clips = data.ClipFolder(tmp_path, 32, "all")
     assert [clip.name for clip in clips.clips] == ["good"]
     assert {name for name, _ in clips.skipped} == {
-        *(f"truncated {share}.mp4" for share in (1, 3, 5, 9)), "empty.mp4", "nonsense.avi", "picture.png",
+        *(f"truncated {share}.mp4" for share in (1, 3, 5, 9)), "empty.mp4", "nonsense.avi", "picture.png", "program.png",
         "silent.mp4", "one.mp4", "no video.mp4", "damaged.mp4", "sidecar.mp4"}
     why = dict(clips.skipped)
     for name, reason in (("silent", "no audio"), ("one", "1 frames"), ("no video", "no video")):
         assert reason in why[f"{name}.mp4"]
-    assert "7 masks for 50" in why["sidecar.mp4"] and all(name in clips.report() for name in why)
+    assert "7 masks for 50" in why["sidecar.mp4"] and "cannot identify" in why["program.png"] and all(name in clips.report() for name in why)
     assert "silent" in [clip.name for clip in data.ClipFolder(tmp_path, 32, "all", need_audio=False).clips]
 
 
@@ -264,76 +262,9 @@ def test_splits_hold_people_apart(folder, tmp_path):
 
 
 def test_pictures_are_clips_of_one_frame(folder):
-    """The VAE can train on still faces; a chunk is never cut from one."""
+    """The VAE can train on still faces; having no sound, they make no chunk."""
     still = next(clip for clip in data.ClipFolder(folder, 32, "all").clips if clip.name == "portrait")
     assert still.frames.shape == (1, 32, 32, 3) and len(still.audio) == 0 and still.mask.shape == (1, 8, 8)
-    chunks = chunks_of(folder)
-    assert "portrait" not in {clip.name for clip in chunks.clips}
-    assert chunks.skipped == [("portrait", "1 frames of 17"), ("short", "12 frames of 17")]
-    silent = dataclasses.replace(chunks.clips[0], store=still.store)         # long enough, but no sound
-    assert data.TalkingChunks([silent, chunks.clips[1]], 17, 5).skipped == [("a ü", "no audio")]
-
-
-# --- chunks ---
-
-def test_a_chunk_begins_with_the_end_of_the_one_before(folder):
-    """Chunk k + 1 starts `frames - overlap` later: its first n frames, sounds and masks are chunk k's last n,
-    byte for byte; 4F - 3 frames make F latents; the sound is the clip's at that frame."""
-    chunks = chunks_of(folder)
-    assert [clip.name for clip in chunks.clips] == ["a ü", "b", "c"] and chunks.counts == [3, 3, 2]
-    for i, count in enumerate(chunks.counts):
-        row = chunks.stream(i, 0, count)
-        clip = chunks.clips[i]
-        for k, item in enumerate(row):
-            start = item["audio_start"]
-            assert item["video"].shape == (17, 32, 32, 3) and item["chunk"] == k and item["clip"] == clip.name
-            assert 1 + (len(item["video"]) - 1) // 4 == 5 and item["audio"].shape == (17 * HOP,)
-            assert (item["audio"].numpy() * 32768 == clip.audio[start * HOP:(start + 17) * HOP]).all()
-            assert (item["video"].numpy() == clip.frames[start:start + 17]).all()
-            assert item["mask"].shape == (17, 8, 8) and item["mask"].dtype == torch.uint8
-        for before, after in pairwise(row):
-            assert after["audio_start"] - before["audio_start"] == 12
-            assert torch.equal(before["video"][-5:], after["video"][:5])
-            assert torch.equal(before["audio"][-5 * HOP:], after["audio"][:5 * HOP])
-            assert torch.equal(before["mask"][-5:], after["mask"][:5])
-    with pytest.raises(IndexError):
-        chunks.stream(0, 1, 3)
-    for frames, overlap in ((80, 9), (81, 8), (9, 9), (81, 0)):
-        with pytest.raises(ValueError):
-            data.TalkingChunks(chunks.clips, frames, overlap)
-
-
-def test_the_reference_is_never_from_inside_the_chunk(folder):
-    """I^ref of Eq. 24 is a frame of the same clip, but none that the chunk (or any chunk of a stream) shows;
-    the chunks of one stream share it."""
-    chunks = chunks_of(folder)
-    for chunks.epoch in range(5):
-        for i in range(len(chunks)):
-            item = chunks[i]
-            clip = chunks.clips[chunks.items[i][0]]
-            same = [(item["reference"].numpy() == frame).all() for frame in clip.frames]
-            start = item["audio_start"]
-            assert any(same) and not any(same[start:start + 17])
-    row = chunks.stream(0, 0, 3)
-    assert all(torch.equal(item["reference"], row[0]["reference"]) for item in row)
-    full = data.TalkingChunks(chunks.clips[2:], 37, 1)       # 40 frames: three are left for the reference
-    assert full[0]["reference"].shape == (32, 32, 3)
-
-
-def test_same_seed_same_bytes_for_any_number_of_workers(folder):
-    """Item i depends on (seed, epoch, i) alone; another epoch or seed draws others."""
-    def bytes_of(workers, **more):
-        chunks = chunks_of(folder, **more)
-        loader = torch.utils.data.DataLoader(chunks, batch_size=2, num_workers=workers)
-        keys = "video", "reference", "audio", "mask", "audio_start"
-        return b"".join(batch[key].numpy().tobytes() for batch in loader for key in keys)
-    alone = bytes_of(0)
-    assert alone == bytes_of(1) == bytes_of(2)
-    assert alone != bytes_of(0, seed=1)
-    chunks = chunks_of(folder)
-    before = chunks[0]["reference"]
-    chunks.epoch = 1
-    assert not torch.equal(before, chunks[0]["reference"])
 
 
 # --- Appendix F ---
@@ -442,6 +373,9 @@ def test_faces_and_lips_are_judged_by_whom_you_bring(tmp_path, monkeypatch):
     clip = data.ClipFolder(tmp_path / "out", 32, "all").clips[0]
     assert clip.mask[0, 4, 4] == 255 and clip.mask[0, 4, 0] == clip.mask[0, 0, 4] == 0
     assert data.prepare(tmp_path / "raw", tmp_path / "new", syncnet, size=64)[0]["reason"] == "sync_c 1 < 3"
+    monkeypatch.setattr(metrics, "syncnet_scorer", lambda path: lambda frames, audio: (2.0, len(path)))
+    data.main(["prepare", str(tmp_path / "raw"), str(tmp_path / "main"), "--size", "64", "--syncnet", "my weights"])
+    assert "sync_c 2 < 3" in (tmp_path / "main" / "report.csv").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="sync_e"):
         data.prepare(tmp_path / "raw", tmp_path / "new", sync_e=3)
 
@@ -502,11 +436,27 @@ def test_a_split_table_of_another_form_is_named(tmp_path, capsys, name, text):
     assert end.value.code == 2 and len(said) == 1 and f"split.{name} needs " in said[0]
 
 
-def test_a_wrong_call_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
+def test_kill_ends_in_one_line_and_leaves_nothing_in_the_cache(tmp_path, capsys, monkeypatch):
+    """SIGTERM is Ctrl-C: what was half written is gone, what was done is kept for the next run."""
+    def killed(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    def unhandled(*_):
+        raise AssertionError("the process would be gone, and its temporary folder left")
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    signal.signal(signal.SIGTERM, unhandled)
+    monkeypatch.setattr(data, "ThreadPoolExecutor", lambda workers: contextlib.nullcontext(Namespace(map=map)))    # signals reach the main thread
+    monkeypatch.setattr(data, "decode", killed)
+    with pytest.raises(SystemExit) as stop:
+        data.main(["cache", str(tmp_path)])
+    assert stop.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == "data.py: stopped"
+    assert list((tmp_path / ".cache-128").iterdir()) == []
+
+
+def test_a_wrong_call_is_one_line_and_exit_code_2(tmp_path, capsys):
     """Bad input never ends in a traceback."""
     here, none, new = str(tmp_path), str(tmp_path / "nowhere"), str(tmp_path / "new")
     Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))         # evaluate.py is not beside it
     for argv, word in ((["cache", none], "nowhere"), (["cache", here, "--size", "33"], "size"),
                        (["cache", here, "--size", "0"], "size"), (["cache", here, "--size", "-8"], "size"),
                        (["cache", here, "--workers", "0"], "workers 0 1 or more"), (["prepare", none, here], "nowhere"),
@@ -514,7 +464,7 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch)
                        (["prepare", here, new, "--size", "-8"], "size"),
                        (["prepare", here, new, "--longest", "0"], "longest"),
                        (["prepare", here, new, "--longest", "inf"], "longest"),
-                       (["prepare", here, new, "--syncnet", "x"], "needs evaluate.py")):
+                       (["prepare", here, new, "--syncnet", "no.model"], "no.model")):
         with pytest.raises(SystemExit) as end:
             data.main(argv)
         said = capsys.readouterr().err.strip().splitlines()

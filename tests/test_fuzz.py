@@ -156,14 +156,14 @@ def mutants(first, last, step=1):
 
 def peak():
     """Peak memory of this process in bytes since the last forget_peak(), where Linux tells; else 0."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()) if sys.platform == "linux" else None
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8")) if sys.platform == "linux" else None
     return int(found[1]) << 10 if found else 0
 
 
 def forget_peak():
     if sys.platform == "linux":
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         except OSError:
             pass                                                                # not allowed to: the peak of all so far
 
@@ -198,7 +198,7 @@ def work(first, last, step):
     os.dup2(noise.fileno(), 2)                                                  # what C libraries print, too
     if sys.platform == "linux":
         from resource import RLIMIT_AS, setrlimit
-        here = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+        here = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) << 10
         setrlimit(RLIMIT_AS, (here + MEMORY, here + MEMORY))
     with tempfile.TemporaryDirectory() as folder:
         for i, name, file in mutants(first, last, step):

@@ -1,5 +1,8 @@
 """Laws of the chunk loop and of the program around it. The networks here are random and small: a law holds for any weights."""
+import importlib
 import json
+import re
+import signal
 from dataclasses import asdict, replace
 
 import av
@@ -148,19 +151,25 @@ def test_silence_is_allowed(weights, files):
     assert (files / "o.mp4").stat().st_size > 1000
 
 
-def test_ctrl_c_keeps_what_was_made(weights, files, monkeypatch):
-    """Stopped in the middle, the file holds the frames made so far and plays."""
-    real = infer.to_uint8
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_and_kill_keep_what_was_made(weights, files, monkeypatch, capsys, name):
+    """Stopped in the middle by Ctrl-C or `kill`, the file holds the frames made so far and plays; nothing half-written is beside it."""
+    real, count = infer.to_uint8, []
 
-    def stop(piece, count=[]):                                                  # noqa: B006 - the list is the counter
+    def stop(piece):
         count.append(1)
         if len(count) == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.Signals[name])
         return real(piece)
+
+    def unhandled(*_):
+        raise AssertionError("the process would be gone, and a part file left")
+    signal.signal(signal.SIGTERM, unhandled)
     monkeypatch.setattr(infer, "to_uint8", stop)
     with pytest.raises(SystemExit) as stopped:
         infer.main(["--image", str(files / "me.png"), "--audio", str(files / "speech.wav"), "--out", str(files / "o.mp4"), "--weights", str(weights)])
-    assert stopped.value.code == 130
+    assert stopped.value.code == 130 and capsys.readouterr().err.splitlines()[-1].startswith("infer.py: stopped")
+    assert not list(files.glob("*part*")) and not list(files.glob(".*part*"))
     with av.open(str(files / "o.mp4")) as file:
         assert sum(1 for _ in file.decode(video=0)) == 1                        # the first piece is one frame, the next would be 16
 
@@ -196,8 +205,10 @@ def test_every_kind_of_picture(tmp_path):
 
 def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypatch):
     """Whatever is wrong: one clear line, exit code 2, and nothing under the output's name."""
-    (files / "text.png").write_text("not a picture")
-    (files / "text.wav").write_text("not a recording")
+    (files / "text.png").write_text("not a picture", encoding="utf-8")
+    (files / "text.wav").write_text("not a recording", encoding="utf-8")
+    for name in ("drawing.eps", "drawing.png"):                                 # PostScript is a program, Pillow would have it run by another
+        Image.new("RGB", (32, 32)).save(files / name, "EPS")
     whole = picture("RGB", files / "whole.png").read_bytes()
     (files / "cut.png").write_bytes(whole[:len(whole) // 2])
     picture("RGB", files / "dot.png", (1, 1))
@@ -214,6 +225,7 @@ def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypat
         (files / folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flag, value, says in (("image", "nobody.png", "no such"), ("image", "text.png", "not a picture"), ("image", "cut.png", "cannot be read"),
+                              ("image", "drawing.eps", "not a picture"), ("image", "drawing.png", "not a picture"),
                               ("image", "dot.png", "1 x 1"), ("image", "huge.png", "scale it down"), ("image", ".", "no such"),
                               ("audio", "nothing.wav", "no such"), ("audio", "text.wav", "text.wav"), ("audio", "empty.wav", "empty.wav"),
                               ("audio", "nan.wav", "nan.wav"), ("out", "folder.mp4", "cannot write"), ("out", "no/where.mp4", "cannot write"),
@@ -229,3 +241,17 @@ def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypat
         assert stopped.value.code == 2 and says in error[-1], (flag, value, error)
         assert not any("Traceback" in line for line in error) and not (files / "o.mp4").exists() and not list(files.glob(".*part*"))
     assert (files / "me.png").read_bytes()[:4] == b"\x89PNG"                    # no input was written over
+
+
+@pytest.mark.parametrize("command", ["infer", "audio", "puppet", "data cache", "data prepare"])
+def test_help_says_what_every_flag_does(command, capsys, monkeypatch):
+    """`--help` is the manual of somebody who has read nothing else: every flag has words of its own, none a "(default: None)"."""
+    monkeypatch.setenv("COLUMNS", "500")
+    script, *words = command.split()
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main([*words, "--help"])
+    text = re.sub(r"\n {10,}", "   ", capsys.readouterr().out)                  # a long flag's words stand on the next line
+    flags = re.findall(r"^  (-\S+|[a-z]+)(.*)", text, re.M)
+    for flag, words in flags:
+        assert len(re.split(r" {2,}|\(default", words)[1:2][0].split()) > 1, f"{flag} says nothing"
+    assert len(flags) > 4 and "None" not in text

@@ -1,6 +1,7 @@
 """Laws of puppet.py and drawn.py, on drawn faces and synthesised speech only: nothing is downloaded."""
 import io
 import json
+import signal
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import drawn
 import puppet
 
@@ -283,6 +285,22 @@ def test_a_killed_run_leaves_no_old_video_under_new_labels(tmp_path, monkeypatch
     assert not (tmp_path / "puppet_00000.mp4").exists()
 
 
+def test_what_kill_leaves_is_never_taken_for_a_clip(tmp_path, monkeypatch, capsys):
+    """`kill` ends as Ctrl-C does, in one line, and a video that is half written is none for data.py."""
+    def killed(path, frames, audio):
+        Path(path).write_bytes(b"half a video")
+        signal.raise_signal(signal.SIGTERM)
+
+    def unhandled(*_):
+        raise AssertionError("the process would be gone without a word")
+    signal.signal(signal.SIGTERM, unhandled)
+    monkeypatch.setattr(puppet, "write_mp4", killed)
+    with pytest.raises(SystemExit) as stop:
+        puppet.main(["--out", str(tmp_path), "--seconds", "1", "--size", "32", "--clips", "1"])
+    assert stop.value.code == 130 and capsys.readouterr().err.splitlines()[-1].startswith("puppet.py: stopped")
+    assert list(tmp_path.glob(".*.mp4")) and data.media_files(tmp_path, data.VIDEOS) == []
+
+
 @pytest.mark.parametrize("seed, start", [(2, 0.0), (0, 0.9)])
 def test_the_phones_of_a_clip_are_where_its_sound_is(tmp_path, seed, start):
     """A click in the middle of a known phone stays in it: from a pause on, and in the second piece too."""
@@ -393,9 +411,9 @@ def test_broken_files_are_named(tmp_path, capsys):
         assert "portraits.npz" in line(*out, "--portraits", tmp_path / "faces")
     for content in ("", "PK cut"):      # what a full disk leaves of a finished clip
         puppet.main([*map(str, out)])
-        (tmp_path / "out" / "puppet_00000.npz").write_text(content)
+        (tmp_path / "out" / "puppet_00000.npz").write_text(content, encoding="utf-8")
         assert "puppet_00000.npz" in line(*out)
         (tmp_path / "out" / "puppet_00000.npz").unlink()
     for end, content in (("mp4", ""), ("npz", ""), ("json", "[]")):
-        (tmp_path / "out" / f"puppet_00000.{end}").write_text(content)
+        (tmp_path / "out" / f"puppet_00000.{end}").write_text(content, encoding="utf-8")
     assert "puppet_00000.json" in line(*out)

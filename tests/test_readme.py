@@ -147,7 +147,7 @@ def settings(old):
         meaning = dict(re.findall(r"^    (\w+): .*?# (.*)", (ROOT / name).read_text(encoding="utf-8"), re.M))
         for field in dataclasses.fields(presets["tiny"]):
             if "paper" in (text := meaning[field.name]):
-                values = (f"{getattr(presets[name], field.name):g}" for name in ("tiny", "wan-1.3b"))
+                values = (value if isinstance(value := getattr(presets[name], field.name), str) else f"{value:g}" for name in ("tiny", "wan-1.3b"))
                 rows.append([stage, f"`--{field.name.replace('_', '-')}`", *values, text])
     return table(["stage", "flag", "tiny", "wan-1.3b", "meaning, and what the paper says"], rows)
 
