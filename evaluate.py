@@ -14,6 +14,7 @@ Writes report.md (tables, glossary), report.json, videos.csv, pieces.csv, drift.
 """
 import argparse
 import json
+import signal
 import sys
 import time
 import warnings
@@ -142,7 +143,7 @@ class Bench:
         return vae_frames(self.vae, frames) if item.how == "vae" else frames
 
     def identity(self, frames, box):
-        """-> what the identity networks see: {"identity": (T, 512), "proxy_identity": (T, 64)}, features (T, 192) or None."""
+        """-> what the identity networks see: {"identity": (T, 512), "proxy_identity": (T, 64)}, features (T, 96) or None."""
         out, features = {}, None
         if "identity" in self.net:
             out["identity"] = self.net["identity"](metrics.aligned(frames, box))
@@ -396,7 +397,7 @@ def build_parser():
     for kind, what in zip(KINDS, files):
         p.add_argument(f"--{kind}-weights", type=Path, metavar="FILE", help=f"official weights: {what}")
     p.add_argument("--seed", type=int, default=0, help="of the generation (default 0)")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if there is one")
     return p
 
 
@@ -432,18 +433,16 @@ def run(args, argv):
 
 
 def main(argv=None):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # kill is Ctrl-C
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train-proxies"]:
         return proxies.main(argv[1:])
     args = build_parser().parse_args(argv)
     try:
         run(args, argv)
-    except (ValueError, OSError, av.error.FFmpegError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("evaluate.py: stopped; videos generated so far are kept", file=sys.stderr)
-        raise SystemExit(130) from None
+    except (ValueError, OSError, av.error.FFmpegError, KeyboardInterrupt) as error:
+        print(f"evaluate.py: {str(error) or 'stopped; videos generated so far are kept'}", file=sys.stderr)
+        raise SystemExit(2 if str(error) else 130) from None
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from data import FACE_BOX, HOP, RATE
+from data import FACE_BOX, FORMATS, HOP, RATE
 
 KNOWN = {                   # sha256 of the official files
     "syncnet": "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442",      # syncnet_v2.model
@@ -42,7 +42,8 @@ def box_of(path):
         with np.load(Path(path).with_suffix(".npz"), allow_pickle=False) as npz:
             box = np.float64(npz["box"])
         if Path(path).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
-            size = Image.open(path).size
+            with Image.open(path, formats=FORMATS) as picture:
+                size = picture.size
         else:
             with av.open(str(path)) as container:
                 size = container.streams.video[0].width, container.streams.video[0].height
@@ -129,7 +130,7 @@ class SyncNetConfig:                    # defaults: the official network
     crop: str = "face"                                  # syncnet_square; "mouth": mouth_square
 
 
-SMALL = SyncNetConfig(size=80, lips=(24, 48, 48, 48, 48, 96), sound=(16, 32, 64, 64, 64, 96), out=128, crop="mouth")
+SMALL = SyncNetConfig(size=80, lips=(16, 32, 48, 48, 48, 64), sound=(16, 32, 48, 48, 48, 64), out=64, crop="mouth")
 
 
 class SyncNet(nn.Module):

@@ -3,13 +3,14 @@
 A row is a dict: "system", "video", and figures by the keys of METRICS (nan or absent: not measured). A figure is {"mean", "sd", "n"}: mean and
 standard deviation over n videos; a Frechet distance has no standard deviation, its n counts frames or clips."""
 import csv
-import os
+import io
 import subprocess
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from chunks import write_aside
 from data import FPS
 from metrics import frechet
 from proxies import CLOSED
@@ -44,8 +45,7 @@ def nanmean(values):
 
 def write(path, text):
     """Aside, then renamed."""
-    Path(f"{path}.part").write_text(text, encoding="utf-8")
-    os.replace(f"{path}.part", path)
+    write_aside(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def summarise(system, rows, sums, window=None):
@@ -94,11 +94,11 @@ def markdown(report):
 
 
 def write_csv(path, rows):
-    with open(f"{path}.part", "w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)) or ["system"])
-        table.writeheader()
-        table.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    os.replace(f"{path}.part", path)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)) or ["system"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write(path, table.getvalue())
 
 
 def plot(path, rows):
@@ -122,8 +122,7 @@ def plot(path, rows):
         axis.set_xlabel("seconds")
     axes.flat[0].legend(fontsize=6)
     fig.tight_layout()
-    fig.savefig(f"{path}.part", format="png", dpi=110)
-    os.replace(f"{path}.part", path)
+    write_aside(path, lambda part: fig.savefig(part, format="png", dpi=110))
     plt.close(fig)
 
 
@@ -142,8 +141,7 @@ def contact_sheet(path, sheet, videos=4):
         for i, t in enumerate(times):
             if t in shots:
                 page.paste(Image.fromarray(shots[t]).resize((side, side)), (130 + side * i, 14 + side * j))
-    page.save(f"{path}.part", format="png")
-    os.replace(f"{path}.part", path)
+    write_aside(path, lambda part: page.save(part, format="png"))
 
 
 def commit():

@@ -6,8 +6,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 WARNINGS = ("error",                                                            # what a library warns of today breaks tomorrow; but
             "ignore:.*torch.jit:DeprecationWarning",                            # the official metrics are TorchScript files,
-            "ignore:Detected pickle protocol:UserWarning",                      # a test makes a file of that kind on purpose,
-            r"ignore:.*\.png:pytest.PytestUnraisableExceptionWarning")          # a picture of which metrics.py reads the size
+            "ignore:Detected pickle protocol:UserWarning")                      # a test makes a file of that kind on purpose
 
 
 def pytest_configure(config):

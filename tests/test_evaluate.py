@@ -2,13 +2,15 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import evaluate as E
 import infer
@@ -202,7 +204,36 @@ def test_proxies_are_trained_by_one_command(shelf, tmp_path, capsys):
     assert set(one) == {"sync", "identity", "face"}
     for kind in one:
         assert all(torch.equal(a, b) for a, b in zip(one[kind].state_dict().values(), two[kind].state_dict().values()))
+        stored = load_file(tmp_path / "a" / f"{kind}.safetensors")                  # 16 bits for weights; variances of batch norm would overflow
+        assert all((v.dtype == torch.float16) == (v.ndim > 1) for v in stored.values())
     assert json.loads((tmp_path / "a" / "proxies.json").read_text(encoding="utf-8"))["config"]["sync_steps"] == 1
+
+
+def test_a_blink_is_seen_against_the_moments_around_it():
+    """A narrow eye and a shut one look alike in one picture: the lids of a frame are read off the frames 0.16 s before and after it as well, the lips
+    off the frame alone."""
+    assert proxies.around(np.array([0, 5, 9]), 10).tolist() == [[0, 0, 4], [1, 5, 9], [5, 9, 9]]
+    torch.manual_seed(0)
+    net, film = proxies.FaceNet().eval(), np.random.default_rng(0).integers(0, 256, (20, SIDE, SIDE, 3), np.uint8)
+    other = film.copy()
+    other[10] = 255 - other[10]
+    one, two = (proxies.read_faces(net, x, metrics.FACE_BOX) for x in (film, other))
+    moved = [np.flatnonzero(np.abs(a - b) > 1e-6).tolist() for a, b in zip(one, two)]
+    assert moved[1] == [6, 10, 14] and moved[2] == [10] and set(moved[0]) <= {10}
+    assert proxies.blinks(np.array([0, .2, .9, 1, .4, .1, .7, .6])).tolist() == [2, 6]
+
+
+def test_one_man_in_many_clips_is_one_person(monkeypatch):
+    """Clips of one speaker are not strangers to each other: sameness is then two of his clips, otherness the clips of another folder."""
+    def clip(who, colour):
+        return SimpleNamespace(identity=who, path=Path("/no.mp4"), frames=np.full((10, 8, 8, 3), colour, np.uint8), length=10)
+    red, blue = ([clip(name, np.roll([200 + 9 * k, 60, 10], turn)) for k in range(3)] for name, turn in (("red", 0), ("blue", 1)))
+    monkeypatch.setattr(proxies, "read_identity", lambda net, frames, box: (frames.mean((1, 2)) / 255, frames.mean((1, 2))))
+    alone, among = proxies.identity_scale(None, red, []), proxies.identity_scale(None, red, blue)
+    assert np.isnan(alone["auc_same_above_other"]) and among["auc_same_above_other"] == 1 and (alone["people"], among["people"]) == (1, 2)
+    shades = np.array([c.frames[0, 0, 0] for c in red]) / 255
+    pairs = shades @ shades.T
+    assert abs(among["same"] - pairs[~np.eye(3, dtype=bool)].mean()) < 1e-4     # never a clip with itself
 
 
 def test_frechet_of_real_against_real_is_of_two_halves():
