@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
 import metrics as M
 import proxies as P
@@ -355,10 +356,10 @@ def test_proxies_are_only_what_they_say(tmp_path):
     """A proxy comes back as it was saved; a file of another kind is refused in one line."""
     torch.manual_seed(0)
     net = P.FaceNet().eval()
-    P.save_file(net.state_dict(), tmp_path / "face.safetensors", {"proxy": "face", "config": "{}"})
+    save_file(net.state_dict(), tmp_path / "face.safetensors", {"proxy": "face", "config": "{}"})
     again, frames = P.load_proxies(tmp_path)["face"], np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     assert all(np.array_equal(a, b) for a, b in zip(P.read_faces(net, frames, M.FACE_BOX), P.read_faces(again, frames, M.FACE_BOX)))
-    P.save_file({"a": torch.zeros(1)}, tmp_path / "sync.safetensors", {"proxy": "sync", "config": "{}"})
+    save_file({"a": torch.zeros(1)}, tmp_path / "sync.safetensors", {"proxy": "sync", "config": "{}"})
     (tmp_path / "identity.safetensors").write_text("no tensors")
     for name in ("sync", "identity"):
         with pytest.raises(ValueError, match="no proxy"):
