@@ -285,6 +285,10 @@ def write_safetensors(path, tensors, metadata):
         write_aside(path, lambda part: save_file(tensors, part, metadata))
 
 
+def write_json(path, data):
+    write_aside(path, lambda part: part.write_text(json.dumps(data, indent=1), encoding="utf-8"))
+
+
 def gather(tensors, dtype=None):
     """Tensors, or FSDP's shards of them -> whole ones on the CPU of the first process; the others have a part in it and get {}."""
     first, whole = not dist.is_initialized() or dist.get_rank() == 0, {}

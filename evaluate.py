@@ -31,6 +31,7 @@ from tqdm import tqdm
 import infer
 import metrics
 import proxies
+from chunks import write_json
 from data import FPS, HOP, PICTURES, VIDEOS, media_files, read_audio, read_video, sidecar_text, split_of, square_crop
 from metrics import box_of
 from report import METRICS, SHEET, WINDOWS, commit, contact_sheet, markdown, nanmean, plot, summarise, write, write_csv
@@ -421,7 +422,7 @@ def run(args, argv):
         print(f"note: {note}")
     piece_rows, video_rows = measure(args, bench)
     report = build_report(args, argv, bench, piece_rows, video_rows)
-    write(args.out / "report.json", json.dumps(report, indent=1))
+    write_json(args.out / "report.json", report)
     write(args.out / "report.md", markdown(report))
     write_csv(args.out / "pieces.csv", piece_rows)
     write_csv(args.out / "videos.csv", video_rows)

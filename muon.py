@@ -30,9 +30,10 @@ class Muon(torch.optim.AdamW):
         inside = [p for name, p in named.items() if prefix is not None and name.startswith(prefix)]
         self.hidden = [p for p in inside if p.ndim > 1 and min(p.shape[:2]) >= 8]      # in order: FSDP's processes must meet at the same one
         self.momentum = momentum
+        ids = set(map(id, self.hidden))
         for p in named.values():                                                # made now, not in the first step: a checkpoint's
             zeros = torch.zeros_like(p.detach())                                # names are always all there
-            self.state[p] = {"step": torch.tensor(0.0)} | ({"momentum": zeros} if any(p is q for q in self.hidden) else
+            self.state[p] = {"step": torch.tensor(0.0)} | ({"momentum": zeros} if id(p) in ids else
                                                            {"exp_avg": zeros, "exp_avg_sq": zeros.clone()})
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import metrics
-from chunks import write_aside, write_safetensors
+from chunks import write_json, write_safetensors
 from data import FPS, HOP, ClipFolder, sidecar_text
 from metrics import SMALL, Gaussian, SyncNet, SyncNetConfig, box_of, correlation, face_square, frechet
 from muon import Muon
@@ -441,7 +441,7 @@ def main(argv=None):
     except (ValueError, OSError, KeyboardInterrupt) as error:
         parser.exit(2 if str(error) else 130, f"evaluate.py train-proxies: {str(error) or 'stopped; finished networks are kept'}\n")
     report = {"config": asdict(cfg), "minutes": round((time.time() - begin) / 60, 1), "threads": torch.get_num_threads(), "scale": scale}
-    write_aside(args.out / "proxies.json", lambda part: part.write_text(json.dumps(report, indent=1), encoding="utf-8"))
+    write_json(args.out / "proxies.json", report)
     print(f"{json.dumps(scale, indent=1)}\nproxies: {args.out}\nminutes: {report['minutes']}")
 
 

@@ -53,6 +53,7 @@ from chunks import (
     swap,
     trim_log,
     write_aside,
+    write_json,
     write_safetensors,
 )
 from data import ClipFolder
@@ -206,7 +207,7 @@ def export(out, config, ema, step):
     if (out / "student.safetensors").exists() and every.get("dit") != asdict(config):
         print(f"warning: {out / 'student.safetensors'} is a network of another size and will not load any more", file=sys.stderr)
     write_safetensors(out / "teacher.safetensors", tensors, {"class": "AudioDiT", "trained": "yes", "steps": str(step)})
-    write_aside(path, lambda part: part.write_text(json.dumps(every | {"dit": asdict(config)}, indent=1), encoding="utf-8"))
+    write_json(path, every | {"dit": asdict(config)})
 
 # ----------------------------------------------------------------------------------------------------------------- train
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from chunks import pixels, write_aside, write_safetensors
+from chunks import pixels, write_json, write_safetensors
 from data import ClipFolder
 from muon import Muon
 from vae import PRESETS, CausalConv3d, ResidualBlock, WanVAE, load_vae
@@ -114,7 +114,7 @@ class Rounds:
     """Clips on their way round and round the codec: what came out the last time, and what went in the first time.
 
     A long video is decoded and encoded again at every chunk border, and small errors add up: 30 rounds cost 11 dB before this. The cure
-    is to train on them: the last clip of every batch is one that has been through the codec before, and its *first* input is asked
+    is to train on them: now and then a batch's last clip is one that has been through the codec before, and its *first* input is asked
     for again, so that a pass learns to undo the last one's error. It costs nothing: a step's output is a later step's input.
     A quarter of all inputs, no more: asked of every one, training never saw a true clip and fell apart."""
 
@@ -206,7 +206,7 @@ def export(folder, vae, ema, clips):
     write_safetensors(folder / "vae.safetensors", {k: v.half().contiguous() for k, v in ema.items()}, {"class": "WanVAE"})
     path = folder / "config.json"
     every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"size": 128, "audio": "wav2vec2"}
-    write_aside(path, lambda part: part.write_text(json.dumps(every | {"vae": config}, indent=1), encoding="utf-8"))
+    write_json(path, every | {"vae": config})
 
 
 def train(cfg, config, folders, out, resume, init=None):
@@ -378,7 +378,7 @@ def evaluate(weights, folders, names, n):
                 "decode_81_frames_seconds": {str(d)[6:]: round(decode_seconds(vae, d), 3) for d in (torch.float32, torch.bfloat16)},
                 "parameters": sum(p.numel() for p in vae.parameters()), "threads": torch.get_num_threads()}
     print(json.dumps(figures, indent=1))
-    write_aside(Path(weights) / "vae_metrics.json", lambda part: part.write_text(json.dumps(figures, indent=1), encoding="utf-8"))
+    write_json(Path(weights) / "vae_metrics.json", figures)
 
 
 def main(argv=None):
