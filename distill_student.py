@@ -87,7 +87,7 @@ class StudentConfig:
     anchor_from: int = 0            # first of the student's steps that is anchored; the early ones can only guess a blur
     head: int = 3                   # m, continuity latents = 4 m - 3 frames (paper: lost)
     tail: int = 10                  # latents decoded for those frames; 0 = all, as infer.py; 10 move kappa by 3 parts in 10,000
-    frames: int = 81                # of a chunk
+    frames: int = 33                # of a chunk; full size: 81
     offsets: int = 2                # times a clip is cut into chunks, each time from a later frame on
     references: int = 3             # chunks of a clip that a film can start with: those whose first frame is a reference picture
     encode_bf16: bool = False       # the chunks were encoded in bfloat16
@@ -104,7 +104,8 @@ class StudentConfig:
 PRESETS = {"tiny": StudentConfig(),
            "debug": StudentConfig(steps=40, ratio=1, batch=2, micro=2, rollout=2, tail=5, lr=1e-3, lr_critic=1e-3, warmup=5, ema=0.9, lambda_reg=1.0,
                                   offsets=1, references=1, films=1, every=20, minutes=1.0, val=1),
-           "wan-1.3b": StudentConfig(steps=1600, batch=64, micro=1, lr=2e-6, lr_critic=4e-7, tail=0, checkpointing=True, every=100, minutes=30.0)}
+           "wan-1.3b": StudentConfig(steps=1600, batch=64, micro=1, lr=2e-6, lr_critic=4e-7, tail=0, frames=81, checkpointing=True,
+                                     every=100, minutes=30.0)}
 CHOICES = {"teacher_sees": ("gt", "gen"), "student_sees": ("gt", "gen"), "identity": ("tre", "etr")}
 FREE = ("steps", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
 

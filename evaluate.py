@@ -63,8 +63,8 @@ def squares(path, size):
         yield picture if same else np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS, box))
 
 
-def vae_frames(vae, frames):
-    """Frames encoded and decoded in chunks of 81: what no generator that writes latents of this VAE can beat."""
+def vae_frames(vae, frames, length):
+    """Frames encoded and decoded in chunks of `length`: what no generator that writes latents of this VAE can beat."""
     def reconstruct(chunk):
         full = chunk + chunk[-1:] * (-(len(chunk) - 1) % 4)                     # 4k + 1 of them
         video = torch.from_numpy(np.stack(full)).permute(3, 0, 1, 2)[None] / 127.5 - 1
@@ -73,7 +73,7 @@ def vae_frames(vae, frames):
     chunk = []
     for frame in frames:
         chunk.append(frame)
-        if len(chunk) == infer.CHUNK:
+        if len(chunk) == length:
             yield from reconstruct(chunk)
             chunk = []
     if chunk:
@@ -133,15 +133,15 @@ class Bench:
         self.proxy = proxies.load_proxies(args.proxies, self.device)
         notes += [f"the {kind} proxy is left out: no {kind}.safetensors in {args.proxies}" for kind in proxies.CLASSES if kind not in self.proxy]
         self.vae = load_vae(args.weights, self.device) if args.weights else None
-        if not self.vae:
-            notes.append("the VAE's bound is left out: no --weights given")
+        self.chunk = json.loads((Path(args.weights) / "config.json").read_text("utf-8")).get("frames", infer.CHUNK) if args.weights else infer.CHUNK
+        notes += [] if self.vae else ["the VAE's bound is left out: no --weights given"]
 
     def frames(self, item):
         frames = squares(item.video, self.args.size)
         if item.how == "frozen":
             first = next(frames)
             return (first for _ in squares(item.video, self.args.size))
-        return vae_frames(self.vae, frames) if item.how == "vae" else frames
+        return vae_frames(self.vae, frames, self.chunk) if item.how == "vae" else frames
 
     def identity(self, frames, box):
         """-> what the identity networks see: {"identity": (T, 512), "proxy_identity": (T, 64)}, features (T, 96) or None."""
@@ -200,7 +200,7 @@ def measure_video(bench, system, item):
             voice = sound[start * HOP:(start + len(frames)) * HOP]
             windows = [t for t in WINDOWS if t * FPS == (k + 1) * PIECE and len(frames) >= PIECE]
             row, lips = sync_row(bench, frames, voice, box)
-            row |= metrics.picture_row(frames, before, start, box, tint, infer.CHUNK, args.continuity_frames)
+            row |= metrics.picture_row(frames, before, start, box, tint, bench.chunk, args.continuity_frames)
             seen, features = bench.identity(frames[::args.every], box)
             row |= {key: float((vectors @ who[key][0]).mean()) for key, vectors in seen.items()}
             for metric, x in (("proxy_frechet", features), ("proxy_frechet_lips", lips)):

@@ -5,7 +5,7 @@
 The chunk loop is all there is:
     z_id  = E(film of the portrait)                                 once                            Eq. 3, tre.py
     kappa = first latent of z_id                                    the cold start
-    for each chunk of 81 frames:
+    for each chunk of T frames (81; the small preset: 33):
         z = the student's 4 steps from noise, given audio, z_id, kappa                              dit.py
         frames = D(z); the first n are the last n of the chunk before: drop them, write the others as they come
         kappa = E(last n frames)                                    decoded, then encoded anew      section 3.2, Appendix D
@@ -38,7 +38,7 @@ from tre import IDENTITY, continuity_reference
 from vae import WanVAE, load_vae
 
 FPS, HOP = 25, 640                                                              # frames a second; samples a frame at 16 kHz
-CHUNK = 81                                                                      # frames a chunk: 21 latents, 3.24 s
+CHUNK = 81                                                                      # frames a chunk, 21 latents, unless config.json says otherwise
 MADE_BY = "Synthetic video: a machine animated one picture to one recording (AsymTalker, arXiv 2605.02948)."
 
 # ---------------------------------------------------------------------------------------------------------------- models
@@ -52,6 +52,7 @@ class Models:
     network: str                                                                # "student" or "teacher"
     size: int                                                                   # pixels along each side of the video
     trained: bool                                                               # False: first weights, the face will not talk yet
+    frames: int = CHUNK                                                         # T, frames a chunk: as many as it was trained on
 
 
 def pick(device, dtype):
@@ -86,9 +87,9 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
             tensors = {k: file.get_tensor(k).float() for k in file.keys()}
             trained = (file.metadata() or {}).get("trained") != "no"
         dit.load_state_dict(tensors, assign=True)
-        heard, size = str(config["audio"]), int(config["size"])
-        if size < 16 or size % 16 or vae.config.z_dim != dit.config.channels:
-            raise ValueError(f"size {size} (a multiple of 16) or the number of latent channels")
+        heard, size, frames = str(config["audio"]), int(config["size"]), int(config.get("frames", CHUNK))
+        if size < 16 or size % 16 or frames % 4 != 1 or frames < 5 or vae.config.z_dim != dit.config.channels:
+            raise ValueError(f"size {size} (a multiple of 16), frames {frames} (4k + 1) or the number of latent channels")
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the weights in {folder} do not fit together: {type(error).__name__}: {reason}") from None
@@ -99,7 +100,7 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
     dit = dit.to(device).eval().requires_grad_(False).cast_matrices(dtype)
     vae.decoder.to(dtype)                                                       # a bfloat16 decoder is safe; a bfloat16 *encoder* would
     vae.conv2.to(dtype)                                                         # add its rounding to every chunk's kappa, and drift
-    return Models(vae, dit, audio, network, size, trained)
+    return Models(vae, dit, audio, network, size, trained, frames)
 
 
 def load_image(path, size):
@@ -171,7 +172,8 @@ def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handove
     handover "reencode" (the paper's) or "latents" (the last latents as they are: Appendix D's comparison). identity "tre" or "etr".
     guidance and steps > 4 are the teacher's. Same seed, same frames. ValueError, at the first frame, for values outside these."""
     n, m = continuity_frames, 1 + (continuity_frames - 1) // 4                  # kappa holds m latents = n frames
-    if n % 4 != 1 or not 1 <= n < CHUNK:
+    T = models.frames
+    if n % 4 != 1 or not 1 <= n < T:
         raise ValueError(f"continuity frames must be 1, 5, 9, 13, ...: the VAE cannot encode {n}")
     if handover not in ("reencode", "latents") or identity not in IDENTITY:
         raise ValueError("handover must be reencode or latents, identity tre or etr")
@@ -182,11 +184,11 @@ def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handove
     generator = torch.Generator().manual_seed(seed)                             # on the CPU: the same noise on every machine
     total, start = -(-len(audio) // HOP), 0                                     # ceil; first frame of this chunk
     with clock("identity"):
-        z_id = IDENTITY[identity](models.vae, image, CHUNK)                     # (1, C, 21, h, w)
+        z_id = IDENTITY[identity](models.vae, image, T)                         # (1, C, F, h, w)
     kappa = z_id[:, :, :1]                                                      # cold start: the portrait itself is frame 0
     while True:
         with clock("audio"):
-            heard = models.audio.features(audio, start, CHUNK)[None]            # (1, 81, L, A); zeros after the end
+            heard = models.audio.features(audio, start, T)[None]                # (1, T, L, A); zeros after the end
         noise = torch.randn(z_id.shape, generator=generator).to(device)
         with clock("dit"):
             if models.network == "teacher":
@@ -198,7 +200,7 @@ def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handove
         made, tail = start, None                                                # frames decoded so far; the last n of them
         done = start + n if start else 0                                        # what chunk i-1 has already given
         pieces = models.vae.decode_stream(z)
-        while made < min(start + CHUNK, total):                                 # past the recording's end nothing is decoded
+        while made < min(start + T, total):                                     # past the recording's end nothing is decoded
             with clock("decode"):
                 video = next(pieces)                                            # (1, 3, 1 or 16, H, W)
             first, made = made, made + video.shape[2]
@@ -209,7 +211,7 @@ def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handove
             return
         with clock("re-encode"):
             kappa = continuity_reference(models.vae, tail, n) if handover == "reencode" else z[:, :, -m:]
-        start += CHUNK - n
+        start += T - n
 
 
 def to_uint8(video):

@@ -74,20 +74,20 @@ class TeacherConfig:
     warmup: int = 300               # steps until it is reached
     decay: float = 0.3              # share of the steps, at the end, in which it falls to zero
     ema: float = 0.999              # memory of the averaged weights, which are the ones shipped
-    shift: float = 2.0              # of the noise levels, > 1 trains more on noise; full size: 5 (paper: not given)
+    shift: float = 8.0              # of the noise levels, > 1 trains more on noise; full size: 5 (paper: not given)
     head: int = 3                   # m, continuity latents = 4 m - 3 frames (paper: lost)
     cold: float = 0.1               # share of rows that start cold, with the portrait as their first frame
     deaf: float = 0.1               # share of rows whose audio is zeroed: what guidance compares with
-    focus: float = 0.0              # extra weight of face latents in Eq. 2: a cheap stand-in for Eq. 17, ours; 0 = the paper
-    lips: float = 0.0               # extra weight of mouth latents: 5 in 100 latents, with all that the sound decides; ours; 0 = the paper
+    focus: float = 3.0              # extra weight of face latents in Eq. 2: a cheap stand-in for Eq. 17, ours; 0 = the paper
+    lips: float = 30.0              # extra weight of mouth latents: 5 in 100 latents, with all that the sound decides; ours; 0 = the paper
     temporal: float = 0.1           # lambda of Eq. 16 (paper: lost)
     face: float = 0.1               # lambda of Eq. 17 (paper: lost)
     pixel_every: int = 8            # steps from one that decodes frames for Eq. 16 and 17 to the next (paper: not said)
     pixel_sigma: float = 0.5        # only at noise levels below this: above, the predicted x0 is an average of many faces
     window: int = 3                 # latents decoded for them, at a random place of the chunk
     context: int = 2                # latents decoded to their left, whose frames are thrown away
-    frames: int = 81                # longest chunk; shorter clips give one chunk of 4k+1 frames
-    latents: int = 0                # train on the first so many latents of a chunk, 0 = all; 9 costs a quarter of 21: good to begin with
+    frames: int = 33                # longest chunk, full size: 81; shorter clips give one chunk of 4k+1 frames
+    latents: int = 0                # train on the first so many latents of a chunk, 0 = all; of 81 frames, 9 of 21 cost a quarter
     offsets: int = 2                # times a clip is cut into chunks, each time from a later frame on
     references: int = 3             # chunks of a clip whose first frame serves as a reference picture; the clip's last frame also does
     encode_bf16: bool = False       # encode the cache in bfloat16: 2.5 x faster, latents off by 1 part in 200
@@ -102,10 +102,10 @@ class TeacherConfig:
 
 
 PRESETS = {"tiny": TeacherConfig(),
-           "debug": TeacherConfig(network="debug", steps=150, batch=2, micro=2, lr=2e-3, warmup=20, ema=0.95, cold=0.0, temporal=0.0, face=0.0,
-                                  offsets=1, references=1, chunks=1, every=100, minutes=1.0, val=1),
+           "debug": TeacherConfig(network="debug", steps=150, batch=2, micro=2, warmup=20, ema=0.95, shift=2.0, cold=0.0, focus=0.0,
+                                  lips=0.0, temporal=0.0, face=0.0, offsets=1, references=1, chunks=1, every=100, minutes=1.0, val=1),
            "wan-1.3b": TeacherConfig(network="wan-1.3b", steps=15000, batch=64, micro=1, optimizer="adamw", lr=1e-5, warmup=500, decay=0.1,
-                                     ema=0.9999, shift=5.0, checkpointing=True, every=500, minutes=30.0)}
+                                     ema=0.9999, shift=5.0, focus=0.0, lips=0.0, frames=81, checkpointing=True, every=500, minutes=30.0)}
 NETWORKS = dit.PRESETS | {"debug": DiTConfig(dim=192, ffn_dim=384, heads=4, layers=3, audio_tokens=4, audio_hidden=64)}
 FREE = ("steps", "latents", "ema", "lips", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)    # noise levels of the validation loss
@@ -198,16 +198,17 @@ class State:
             self.ema[k].lerp_(p, 1 - decay)
 
 
-def export(out, config, ema, step):
-    """OUT/teacher.safetensors (float16) and the "dit" part of OUT/config.json."""
+def export(out, config, ema, cfg):
+    """OUT/teacher.safetensors (float16), and in OUT/config.json the "dit" part and the frames of a chunk."""
     path, tensors = out / "config.json", gather(ema, torch.float16)
     every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if not tensors:
         return
     if (out / "student.safetensors").exists() and every.get("dit") != asdict(config):
         print(f"warning: {out / 'student.safetensors'} is a network of another size and will not load any more", file=sys.stderr)
-    write_safetensors(out / "teacher.safetensors", tensors, {"class": "AudioDiT", "trained": "yes", "steps": str(step)})
-    write_json(path, every | {"dit": asdict(config)})
+    write_safetensors(out / "teacher.safetensors", tensors, {"class": "AudioDiT", "trained": "yes", "steps": str(cfg.steps)})
+    frames = min(cfg.frames, 4 * cfg.latents - 3) if cfg.latents else cfg.frames
+    write_json(path, every | {"frames": frames, "dit": asdict(config)})
 
 # ----------------------------------------------------------------------------------------------------------------- train
 
@@ -396,7 +397,7 @@ def main(argv=None):
         print(f"{cfg}\nparameters: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M\nchunks of T frames: "
               f"{ {T: len(pool) for T, pool in pools.by_length.items()} }\nvalidation chunks: {len(val)}")
         state, losses = train(cfg, model, vae, pools, val, args.run, args.resume, device, rank, world)
-        export(args.out or args.weights, model.config, state.ema, cfg.steps)
+        export(args.out or args.weights, model.config, state.ema, cfg)
         print(f"steps: {cfg.steps}\nloss: {np.mean(losses[-50:]):.4f}\nweights: {(args.out or args.weights) / 'teacher.safetensors'}")
     except (OSError, ValueError, KeyError, FloatingPointError, SafetensorError) as error:
         sys.exit(print(f"train_teacher.py: {error}", file=sys.stderr) or 2)

@@ -63,11 +63,12 @@ def principal_components(batches, channels):
 
 
 def vae_loss(vae, inputs, video, cfg, generator, linear=None):
-    """inputs, video (B, 3, T, H, W) -> loss, its parts, output. L1 + L1 of gradients in space and time and of 8 x 8 means + a small KL
+    """inputs, video (B, 3, T, H, W) -> loss, its parts, output. L1 and L2 + L1 of spatial gradients and of 8 x 8 means, L2 of motion + a small KL
     + squared distance of the latents' mean from the `linear` codec's.
 
-    Means over 8 x 8 pixels weigh colour, which L1 gives away first: green hair came out grey. The gradient terms cost sharp edges and
-    flicker more than plain L1 does; KL only keeps the latents in a smooth, bounded cloud (latent diffusion, arXiv 2112.10752): its weight
+    L1 asks for the median, and the median of a motion that is not certain is to stand still: with L1 alone, in space and time, lips moved a
+    third of what they should between a latent's four frames. L2 asks for the mean. Means over 8 x 8 pixels weigh colour, which L1 gives away
+    first: green hair came out grey. KL only keeps the latents in a smooth, bounded cloud (latent diffusion, arXiv 2112.10752): its weight
     is so small that the noise it asks for stays below what the eye sees."""
     mu, logvar = vae.posterior(inputs)
     mu, logvar = mu.float(), logvar.float().clamp(-20, 10)
@@ -77,11 +78,12 @@ def vae_loss(vae, inputs, video, cfg, generator, linear=None):
     anchor = (mu - linear(video)).square().mean() if linear else mu.mean() * 0
     l1 = (out - video).abs().mean()
     edges = sum((a - b).abs().mean() for a, b in zip(spatial_gradient(out), spatial_gradient(video)))
-    flicker = ((out.diff(dim=2) - video.diff(dim=2)).abs().mean() if video.shape[2] > 1 else l1 * 0)
+    square = (out - video).square().mean()
+    flicker = (out.diff(dim=2) - video.diff(dim=2)).square().mean() if video.shape[2] > 1 else l1 * 0
     colour = F.avg_pool3d(out - video, (1, 8, 8)).abs().mean()
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
-    loss = l1 + cfg.edges * edges + cfg.flicker * flicker + cfg.colour * colour + cfg.kl * kl + cfg.anchor * anchor
-    return loss, dict(l1=l1, edges=edges, flicker=flicker, colour=colour, kl=kl, anchor=anchor), out
+    loss = l1 + cfg.square * square + cfg.edges * edges + cfg.flicker * flicker + cfg.colour * colour + cfg.kl * kl + cfg.anchor * anchor
+    return loss, dict(l1=l1, square=square, edges=edges, flicker=flicker, colour=colour, kl=kl, anchor=anchor), out
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
@@ -93,7 +95,8 @@ class TrainConfig:
     lr: float = 2e-3                # peak, after the warm-up; then linearly to zero
     warmup: int = 50                # steps
     edges: float = 0.5              # weight of the spatial-gradient term
-    flicker: float = 1.0            # weight of the temporal-gradient term
+    square: float = 10.0            # weight of the squared error
+    flicker: float = 20.0           # weight of the squared temporal gradient's error
     colour: float = 1.0             # weight of the term for means over 8 x 8 pixels
     kl: float = 1e-4                # weight of the KL term, mean over latents
     anchor: float = 1.0             # weight of the distance from principal components
@@ -107,7 +110,7 @@ class TrainConfig:
 # The course of training: (share of the steps, frames, side of the crop, clips a batch). Pictures first, because with one frame only the
 # last tap of every temporal kernel acts: an image autoencoder, many diverse faces a second. Then motion, small crops before whole frames.
 COURSE = ((0.15, 1, 64, 16), (0.70, 9, 64, 4), (1.00, 25, 64, 2))
-POLISH = ((0.60, 9, 64, 4), (1.00, 25, 64, 2))                                  # with --init: clips, and clips that come round again
+POLISH = ((0.50, 17, 64, 4), (1.00, 41, 64, 2))                                 # with --init: clips, longer clips, and clips that come round again
 
 
 class Rounds:
