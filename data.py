@@ -241,7 +241,7 @@ class ClipFolder:
 LIMITS = {                                   # name: (1 at least, -1 at most, 0 a setting; default; meaning)
     "size": (0, 256, "side of the clips, pixels"), "longest": (0, 20.0, "longer scenes are divided, seconds"),
     "cut": (0, 5.0, "change between two frames that begins a new scene, grey levels"),
-    "alike": (0, 0.95, "Eq. 19: two visual hashes closer than this are one video"), "seconds": (1, 3.24, "length, seconds; 3.24 are a chunk"),
+    "alike": (0, 0.95, "Eq. 19: two visual hashes closer than this are one video"), "seconds": (1, 3.24, "length, seconds; 3.24: 81 frames"),
     "rho": (1, 0.9, "share of frames with a face, Eq. 21"), "sharpness": (1, 30.0, "q of Eq. 22, here: median variance of the Laplacian at 128 px"),
     "frozen": (-1, 0.7, "share of frames like the one before"), "black": (-1, 0.1, "share of black frames"),
     "loudness": (1, -45.0, "root mean square of the sound, dB of full scale"), "clipping": (-1, 0.01, "share of samples at full scale"),

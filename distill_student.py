@@ -86,7 +86,7 @@ class StudentConfig:
     delta: float = 1.0              # of the anchor's Huber loss, in normalised latents: squares below, distances above (paper: lost)
     anchor_from: int = 0            # first of the student's steps that is anchored; the early ones can only guess a blur
     head: int = 3                   # m, continuity latents = 4 m - 3 frames (paper: lost)
-    tail: int = 10                  # latents decoded for those frames; 0 = all, as infer.py; 10 move kappa by 3 parts in 10,000
+    tail: int = 10                  # latents decoded for those frames; 0 = all, as infer.py; 10 of 21 move kappa by 3 parts in 10,000
     frames: int = 33                # of a chunk; full size: 81
     offsets: int = 2                # times a clip is cut into chunks, each time from a later frame on
     references: int = 3             # chunks of a clip that a film can start with: those whose first frame is a reference picture
@@ -387,6 +387,8 @@ def build_parser():
 def prepare(args, cfg, device, rank, world):
     """The teacher and its two copies, the films -> State, teacher, vae, validation films"""
     models = infer.load(args.weights, "teacher", device, "float32")
+    if cfg.frames != models.frames:
+        raise ValueError(f"--frames {cfg.frames}, but the teacher in {args.weights} makes chunks of {models.frames} (its config.json)")
     vae, two, found = models.vae, 2 * cfg.frames - 4 * cfg.head + 3, {"train": [], "val": []}
     for folder, cache in zip(args.data, args.cache or [None] * len(args.data), strict=True):
         for part, most in (("train", cfg.films), ("val", -(-cfg.val // len(args.data)))):

@@ -134,7 +134,7 @@ class Bench:
         notes += [f"the {kind} proxy is left out: no {kind}.safetensors in {args.proxies}" for kind in proxies.CLASSES if kind not in self.proxy]
         self.vae = load_vae(args.weights, self.device) if args.weights else None
         self.chunk = json.loads((Path(args.weights) / "config.json").read_text("utf-8")).get("frames", infer.CHUNK) if args.weights else infer.CHUNK
-        notes += [] if self.vae else ["the VAE's bound is left out: no --weights given"]
+        notes += [] if self.vae else ["no --weights given: the VAE's bound is left out, seams are looked for between chunks of 81 frames"]
 
     def frames(self, item):
         frames = squares(item.video, self.args.size)
@@ -379,7 +379,7 @@ def build_parser():
     p.add_argument("--generated", nargs="+", type=Path, metavar="DIR", help="folders of generated videos; a folder is a system, its name the column")
     p.add_argument("--real", type=Path, help="folder of the real videos, of the same names")
     p.add_argument("--reference", type=Path, help="folder of portraits, of the same names (default: first frames of the real videos)")
-    p.add_argument("--weights", type=Path, help="folder of weights: generates with them, and adds the VAE's bound")
+    p.add_argument("--weights", type=Path, help="folder of weights: generates with them, adds the VAE's bound, says how long a chunk is")
     p.add_argument("--data", type=Path, help="folder of clips: its held-out ones are generated and are the real ones")
     p.add_argument("--out", type=Path, default=Path("report"), help="where everything goes (default report)")
     p.add_argument("--networks", nargs="+", choices=["teacher", "student"], default=["teacher", "student"], help="which to generate with")

@@ -174,7 +174,7 @@ def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handove
     n, m = continuity_frames, 1 + (continuity_frames - 1) // 4                  # kappa holds m latents = n frames
     T = models.frames
     if n % 4 != 1 or not 1 <= n < T:
-        raise ValueError(f"continuity frames must be 1, 5, 9, 13, ...: the VAE cannot encode {n}")
+        raise ValueError(f"continuity frames must be 1, 5, 9, 13, ... and fewer than the {T} of a chunk, not {n}")
     if handover not in ("reencode", "latents") or identity not in IDENTITY:
         raise ValueError("handover must be reencode or latents, identity tre or etr")
     if steps < 1 or not 0 <= seed < 2**63:

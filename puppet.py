@@ -430,7 +430,7 @@ def main(argv=None):
     parser.add_argument("--speech", type=Path, default=Path(__file__).resolve().parent / "assets" / "speech", help="folder of *.flac with phones")
     parser.add_argument("--out", required=True, type=Path, default=argparse.SUPPRESS, help="folder for the clips")
     parser.add_argument("--clips", type=int, default=100, help="number of clips in the end, those already there included")
-    parser.add_argument("--seconds", type=float, default=15.36, help="length of a clip; 15 s hold 5 chunks")
+    parser.add_argument("--seconds", type=float, default=15.36, help="length of a clip; 15 s hold 15 chunks of 33 frames")
     parser.add_argument("--size", type=int, default=128, help="pixels of the square frame, a multiple of 8")
     parser.add_argument("--seed", type=int, default=0, help="decides everything: same seed, same clips")
     parser.add_argument("--workers", type=int, default=1, help="processes; the clips do not depend on it")

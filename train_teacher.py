@@ -204,10 +204,10 @@ def export(out, config, ema, cfg):
     every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if not tensors:
         return
-    if (out / "student.safetensors").exists() and every.get("dit") != asdict(config):
-        print(f"warning: {out / 'student.safetensors'} is a network of another size and will not load any more", file=sys.stderr)
-    write_safetensors(out / "teacher.safetensors", tensors, {"class": "AudioDiT", "trained": "yes", "steps": str(cfg.steps)})
     frames = min(cfg.frames, 4 * cfg.latents - 3) if cfg.latents else cfg.frames
+    if (out / "student.safetensors").exists() and (every.get("dit"), every.get("frames", 81)) != (asdict(config), frames):
+        print(f"warning: {out / 'student.safetensors'} was made for another network or chunk length: distil it anew", file=sys.stderr)
+    write_safetensors(out / "teacher.safetensors", tensors, {"class": "AudioDiT", "trained": "yes", "steps": str(cfg.steps)})
     write_json(path, every | {"frames": frames, "dit": asdict(config)})
 
 # ----------------------------------------------------------------------------------------------------------------- train
@@ -261,6 +261,8 @@ def learning_rate(step, cfg):
 
 def train(cfg, model, vae, pools, val, run, resume=False, device="cpu", rank=0, world=1):
     """The loop. model AudioDiT on its device (sharded if world > 1), val list of Chunk -> State, list of the losses of its steps."""
+    if cfg.frames % 4 != 1 or cfg.frames <= 4 * cfg.head or 0 < cfg.latents <= cfg.head:
+        raise ValueError(f"--frames {cfg.frames} (4k + 1) and --latents {cfg.latents} must leave latents to predict after --head {cfg.head}")
     if cfg.batch % (cfg.micro * world):
         raise ValueError(f"batch {cfg.batch} is not a multiple of micro {cfg.micro} x {world} processes")
     run.mkdir(parents=True, exist_ok=True)

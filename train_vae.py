@@ -96,7 +96,7 @@ class TrainConfig:
     warmup: int = 50                # steps
     edges: float = 0.5              # weight of the spatial-gradient term
     square: float = 10.0            # weight of the squared error
-    flicker: float = 20.0           # weight of the squared temporal gradient's error
+    flicker: float = 20.0           # weight of the squared error of frame differences
     colour: float = 1.0             # weight of the term for means over 8 x 8 pixels
     kl: float = 1e-4                # weight of the KL term, mean over latents
     anchor: float = 1.0             # weight of the distance from principal components
@@ -391,7 +391,7 @@ def main(argv=None):
     parser.add_argument("--cache", nargs="*", help="where the decoded frames are kept, one for every data folder (FOLDER/.cache-SIZE)")
     parser.add_argument("--out", type=Path, default=Path("weights/tiny"), help="where the weights go (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from runs/vae")
-    parser.add_argument("--init", type=Path, help="start from this folder's VAE, with the second half of the course: clips, and clips again")
+    parser.add_argument("--init", type=Path, help="start from this folder's VAE, with a course of its own: clips, and longer ones of 41 frames")
     parser.add_argument("--evaluate", action="store_true", help="measure the weights in --out on the held-out clips instead")
     parser.add_argument("--clips", type=int, default=20, help="clips of a folder that --evaluate looks at (%(default)s)")
     meaning = dict(re.findall(r"    (\w+): .*?# (.*)", inspect.getsource(TrainConfig)))
@@ -409,7 +409,7 @@ def main(argv=None):
         if args.evaluate:
             return evaluate(args.out, folders, [Path(d).resolve().name for d in args.data], args.clips)
         cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
-        longest = max(stage[1] for stage in COURSE)
+        longest = max(stage[1] for stage in (POLISH if args.init else COURSE))
         if not any(len(c.frames) >= longest for f in folders for c in f):
             raise ValueError(f"no clip in {args.data} has the {longest} frames that the course of training asks for")
         print(f"{[len(f) for f in folders]} clips | {cfg}", flush=True)

@@ -393,14 +393,14 @@ def folder(tmp_path_factory, vae):
     torch.nn.init.normal_(teacher.head.head.weight, std=0.02)
     save_file(teacher.state_dict(), top / "weights" / "teacher.safetensors")
     save_file(vae.state_dict(), top / "weights" / "vae.safetensors")
-    config = {"vae": asdict(vae.config), "dit": asdict(size), "audio": str(ROOT / "weights" / "tiny" / "wav2vec2"), "size": 32}
+    config = {"vae": asdict(vae.config), "dit": asdict(size), "audio": str(ROOT / "weights" / "tiny" / "wav2vec2"), "size": 32, "frames": 33}
     (top / "weights" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return top
 
 
 def options(folder, *more, run="run"):
     return ["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--encoded", str(folder / "cache"), "--run-dir", str(folder / run),
-            "--preset", "debug", "--device", "cpu", "--frames", "33", *more]
+            "--preset", "debug", "--device", "cpu", *more]
 
 
 def test_debug_preset_learns_a_film_by_heart(folder, capsys):
@@ -432,7 +432,8 @@ def test_no_distill_is_the_teacher(folder):
 def test_bad_input_is_one_line(folder, capsys):
     """Law: what a user can get wrong ends in exit code 2 and one line, Table 4's missing row with its reason among them."""
     for bad, word in ((["--data", str(folder / "nowhere")], "nowhere"), (["--micro", "3"], "micro"), (["--weights", str(folder)], "config.json"),
-                      (["--frames", "81"], "long enough"), (["--teacher-sees", "gen", "--student-sees", "gt"], "Table 4"), (["--tail", "3"], "tail")):
+                      (["--frames", "81"], "chunks of 33"), (["--teacher-sees", "gen", "--student-sees", "gt"], "Table 4"),
+                      (["--tail", "3"], "tail")):
         with pytest.raises(SystemExit) as stop:
             ds.main(options(folder, *bad, run="bad"))
         text = capsys.readouterr().err.strip().splitlines()

@@ -216,7 +216,8 @@ def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypat
     soundfile.write(files / "empty.wav", np.zeros(0), RATE)
     soundfile.write(files / "nan.wav", np.full(800, np.nan), RATE, subtype="FLOAT")
     (files / "folder.mp4").mkdir()
-    for folder, part, change in (("broken", "dit", {"dim": 96}), ("stats", "vae", {"latents_std": [1.0] * 4}), ("tall", "size", 36)):
+    for folder, part, change in (("broken", "dit", {"dim": 96}), ("stats", "vae", {"latents_std": [1.0] * 4}), ("tall", "size", 36),
+                                 ("even", "frames", 32)):
         (files / folder).mkdir()
         for name in ("vae.safetensors", "student.safetensors"):
             (files / folder / name).write_bytes((weights / name).read_bytes())
@@ -231,7 +232,8 @@ def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypat
                               ("audio", "nan.wav", "nan.wav"), ("out", "folder.mp4", "cannot write"), ("out", "no/where.mp4", "cannot write"),
                               ("weights", "nowhere", "config.json is missing"), ("weights", "broken", "do not fit"),
                               ("out", "me.png", "inputs"), ("out", "speech.wav", "inputs"), ("steps", "0", "steps"), ("seed", "-1", "seed"),
-                              ("weights", "stats", "entries"), ("weights", "tall", "multiple of 16"), ("device", "cuda", "no cuda"),
+                              ("weights", "stats", "entries"), ("weights", "tall", "multiple of 16"), ("weights", "even", "4k + 1"),
+                              ("device", "cuda", "no cuda"),
                               ("continuity-frames", "8", "continuity"), ("continuity-frames", "81", "continuity")):
         options = {"image": files / "me.png", "audio": files / "speech.wav", "out": files / "o.mp4", "weights": weights}
         options[flag] = files / value if flag in ("image", "audio", "out", "weights") else value

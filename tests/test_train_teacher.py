@@ -97,8 +97,9 @@ def run(folder, vae, pools, chunks, resume=False, model=None, **options):
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-def test_the_cache_holds_what_the_network_is_given_in_use(clips, vae, tmp_path):
-    """Law: training and inference see one world. Latents, identity reference and audio are infer.py's own, rounded to half precision."""
+@pytest.mark.parametrize("T", [81, 33])
+def test_the_cache_holds_what_the_network_is_given_in_use(clips, vae, tmp_path, T):
+    """Law: training and inference see one world, at any chunk length. Latents, identity reference and audio are infer.py's own, rounded to half."""
     seen = []
 
     class Recorder(torch.nn.Module):
@@ -106,17 +107,17 @@ def test_the_cache_holds_what_the_network_is_given_in_use(clips, vae, tmp_path):
             seen.append((x, identity, audio))
             return torch.zeros_like(x)
 
-    clip = make_clip(tmp_path, "whole", 160, 5)
-    chunks = encode_clips([clip], vae, Ear(), tmp_path / "cache", replace(CFG, frames=81, offsets=1))
-    assert [c.start for c in chunks] == [0, 72]                                 # 9 frames shared, as in infer.py
+    clip = make_clip(tmp_path, "whole", 2 * T - 2, 5)
+    chunks = encode_clips([clip], vae, Ear(), tmp_path / "cache", replace(CFG, frames=T, offsets=1))
+    assert [c.start for c in chunks] == [0, T - 9]                               # 9 frames shared, as in infer.py
     image = torch.from_numpy(np.array(clip.frames[0])).permute(2, 0, 1)[None] / 127.5 - 1
-    sound = np.array(clip.audio[:153 * 640]) / np.float32(32768)
-    list(infer.generate(infer.Models(vae, Recorder(), Ear(), "teacher", 32, True), image, sound, steps=1, guidance=1))
+    sound = np.array(clip.audio[:(2 * T - 9) * 640]) / np.float32(32768)
+    list(infer.generate(infer.Models(vae, Recorder(), Ear(), "teacher", 32, True, T), image, sound, steps=1, guidance=1))
     for chunk, (x, identity, audio) in zip(chunks, seen, strict=True):
         row = load_row(chunk, CFG, np.random.default_rng(0), cold=chunk.row == 0, deaf=False, sigma=0.5)
         assert torch.equal(row["audio"], audio[0].half().float())
         with torch.no_grad():
-            truth = vae.encode(tt.pixels(clip.frames[chunk.start:chunk.start + 81]))[0]
+            truth = vae.encode(tt.pixels(clip.frames[chunk.start:chunk.start + T]))[0]
         assert torch.equal(row["latents"], truth.half().float())
         if chunk.row == 0:                                                      # the portrait is frame 0, and its first latent is kappa
             assert torch.equal(row["identity"], identity[0].half().float())
@@ -361,7 +362,7 @@ def test_debug_preset_learns_a_chunk_by_heart(folder, capsys):
     with safe_open(folder / "weights/teacher.safetensors", "pt") as file:
         assert file.metadata()["trained"] == "yes" and file.get_tensor("head.head.weight").dtype == torch.float16
     models = infer.load(folder / "weights", "teacher", "cpu", "float32")        # what was exported can be used
-    assert models.trained and models.dit.config.dim == tt.NETWORKS["debug"].dim
+    assert models.trained and models.dit.config.dim == tt.NETWORKS["debug"].dim and models.frames == 33
     assert (folder / "run/strip.png").exists()
     tt.main(["--plot", "--run-dir", str(folder / "run")])
     assert (folder / "run/loss.png").exists()

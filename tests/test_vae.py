@@ -231,6 +231,21 @@ def test_exported_weights_load_and_normalise(tmp_path, monkeypatch):
     assert z.mean((0, 2, 3, 4)).abs().max() < 0.05 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.05
 
 
+def test_an_uncertain_motion_is_answered_by_its_mean():
+    """Law: of ten clips three move. L1 would have every answer stand still, its median; the squared terms ask for 0.3, its mean."""
+    video = torch.zeros(10, 3, 5, 8, 8)
+    video[:3, :, 2:] = 1                                                        # these jump at frame 2
+    answers, losses = torch.linspace(0, 1, 11), {"flicker": [], "square": []}
+    for a in answers:
+        out = torch.zeros_like(video)
+        out[:, :, 2:] = a
+        blind = SimpleNamespace(posterior=lambda x: (torch.zeros(10, 1, 2, 1, 1),) * 2, conv2=lambda z: z, decoder=lambda z, out=out: out)
+        parts = T.vae_loss(blind, video, video, T.TrainConfig(), torch.Generator())[1]
+        for name, values in losses.items():
+            values.append(parts[name])
+    assert all(answers[int(torch.stack(values).argmin())].item() == pytest.approx(0.3) for values in losses.values())
+
+
 def test_principal_components_are_the_best_linear_codec():
     """No linear codec of 16 numbers a block loses less than the discarded components; channels are equally loud; a still clip stays still."""
     videos = [torch.randn(4, 3, 9, 16, 16, generator=torch.Generator().manual_seed(i)).cumsum(4).cumsum(3) / 20 for i in range(4)]
