@@ -1,6 +1,7 @@
 """Laws of the distillation. The networks here are random and small, or one number wide: a law holds for any weights."""
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -431,8 +432,13 @@ def test_no_distill_is_the_teacher(folder):
 
 def test_bad_input_is_one_line(folder, capsys):
     """Law: what a user can get wrong ends in exit code 2 and one line, Table 4's missing row with its reason among them."""
+    shutil.copytree(folder / "weights", folder / "long")                         # a teacher of longer chunks than the clips have
+    config = json.loads((folder / "long" / "config.json").read_text(encoding="utf-8"))
+    (folder / "long" / "config.json").write_text(json.dumps(config | {"frames": 81}), encoding="utf-8")
     for bad, word in ((["--data", str(folder / "nowhere")], "nowhere"), (["--micro", "3"], "micro"), (["--weights", str(folder)], "config.json"),
-                      (["--frames", "81"], "chunks of 33"), (["--teacher-sees", "gen", "--student-sees", "gt"], "Table 4"),
+                      (["--frames", "81"], "chunks of 33"),
+                      (["--weights", str(folder / "long"), "--frames", "81"], "long enough"),
+                      (["--teacher-sees", "gen", "--student-sees", "gt"], "Table 4"),
                       (["--tail", "3"], "tail")):
         with pytest.raises(SystemExit) as stop:
             ds.main(options(folder, *bad, run="bad"))
