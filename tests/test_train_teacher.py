@@ -1,4 +1,5 @@
 """Laws of the teacher's training. The networks here are random and small: a law holds for any weights."""
+import copy
 import importlib
 import json
 import os
@@ -125,10 +126,13 @@ def test_the_cache_holds_what_the_network_is_given_in_use(clips, vae, tmp_path, 
 
 
 def test_the_cache_is_made_once_and_again_for_other_weights(clips, vae, cache, chunks, monkeypatch):
-    """Law: the second run reads; other weights or another grid is another cache."""
+    """Law: the second run reads; other weights or another grid is another cache. The decoder's weights are none: it encodes nothing."""
     calls = []
     monkeypatch.setattr("chunks.encode_clip", lambda *a: calls.append(a) or {"latents": np.zeros(1)})
     assert encode_clips(clips, vae, Ear(), cache, CFG) == chunks and not calls
+    other = copy.deepcopy(vae)
+    other.decoder.requires_grad_(False).apply(lambda layer: [p.zero_() for p in layer.parameters(recurse=False)])
+    assert encode_clips(clips, other, Ear(), cache, CFG) == chunks and not calls
     other = WanVAE(replace(vae.config, latents_std=(2.0,) * 16))
     other.load_state_dict(vae.state_dict())
     encode_clips(clips, other, Ear(), cache, CFG)
