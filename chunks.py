@@ -58,12 +58,10 @@ def chunk_starts(length, T, step, offsets):
 
 
 def fingerprint(*models):
-    """A hash of networks' weights and latent statistics: encoded with other weights, a chunk is another chunk. The decoder encodes nothing."""
+    """A hash of networks' weights: encoded with other weights, a chunk is another chunk."""
     digest = hashlib.sha256()
     for model in models:
-        for name, tensor in [*model.state_dict().items(), *model.named_buffers()]:
-            if name.startswith(("decoder.", "conv2.")):
-                continue
+        for name, tensor in model.state_dict().items():
             digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -89,7 +87,8 @@ def encode_clips(clips, vae, encoder, cache, cfg, device="cpu", rank=0, world=1)
     """Clips -> list of Chunk; encodes those that the cache folder does not hold yet. Kill it and run it again: it goes on.
 
     The key is the video file, the weights of both encoders and the grid. Frames and masks stay where data.py has put them."""
-    key = [2, fingerprint(vae, encoder.model), cfg.frames, cfg.head, cfg.offsets, cfg.references, cfg.encode_bf16]
+    weights = fingerprint(vae.encoder, vae.conv1, encoder.model)                # not the decoder's: it encodes nothing
+    key = [3, weights, vae.config.latents_mean, vae.config.latents_std, cfg.frames, cfg.head, cfg.offsets, cfg.references, cfg.encode_bf16]
     cache.mkdir(parents=True, exist_ok=True)
     chunks, jobs = [], []
     for number, clip in enumerate(clips):

@@ -69,12 +69,13 @@ def pick(device, dtype):
 
 
 def load(weights="weights/tiny", network="student", device="auto", dtype="auto"):
-    """A folder of weights (config.json, vae / student / teacher .safetensors, wav2vec2/) -> Models.
+    """A folder of weights (config.json, vae / student / teacher .safetensors, wav2vec2/) -> Models. The process keeps its freed memory from then on.
 
     FileNotFoundError or ValueError, in one line, if a part is missing or does not fit its config."""
     from safetensors import SafetensorError, safe_open
     folder = Path(weights)
     device, dtype = pick(device, dtype)
+    keep_freed_memory()
     for name in ("config.json", "vae.safetensors", f"{network}.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no weights in {folder}: {name} is missing")
@@ -337,13 +338,12 @@ def run(args):
 def keep_freed_memory():
     """glibc hands big freed buffers back to the system and gets them again page by page, zeroed: a tenth to a fifth of the decoding time."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 1 << 30)                                               # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 1 << 30)                                               # M_MMAP_THRESHOLD
+        if libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 32 << 20):             # M_MMAP_THRESHOLD; an older glibc takes no more than 32 MiB
+            libc.mallopt(-1, 1 << 30)                                           # M_TRIM_THRESHOLD
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)                   # `kill` ends as Ctrl-C does: no hidden part file stays behind
     try:
         run(args)

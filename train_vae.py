@@ -64,7 +64,7 @@ def principal_components(batches, channels):
 
 def vae_loss(vae, inputs, video, cfg, generator, linear=None):
     """inputs, video (B, 3, T, H, W) -> loss, its parts, output. L1 and L2 + L1 of spatial gradients and of 8 x 8 means, L2 of motion + a small KL
-    + squared distance of the latents' mean from the `linear` codec's + that of the output's own latents from those it was made of.
+    + squared distance of the latents' mean from the `linear` codec's + that of the output's own latents from the video's.
 
     L1 asks for the median, and the median of a motion that is not certain is to stand still: with L1 alone, in space and time, lips moved a
     third of what they should between a latent's four frames. L2 asks for the mean. Means over 8 x 8 pixels weigh colour, which L1 gives away
@@ -82,7 +82,11 @@ def vae_loss(vae, inputs, video, cfg, generator, linear=None):
     square = (out - video).square().mean()
     flicker = (out.diff(dim=2) - video.diff(dim=2)).square().mean() if video.shape[2] > 1 else l1 * 0
     colour = F.avg_pool3d(out - video, (1, 8, 8)).abs().mean()
-    cycle = (vae.posterior(out.clamp(-1, 1))[0].float() - mu.detach()).square().mean() if cfg.cycle else l1 * 0
+    goal = mu.detach().clone()
+    if cfg.cycle and inputs is not video:                                       # a batch's last clip came round: it is asked for its first latents
+        with torch.no_grad():                                                   # (after mu: autocast keeps casts, those made here without gradient)
+            goal[-1:] = vae.posterior(video[-1:])[0].float()
+    cycle = (vae.posterior(out.clamp(-1, 1))[0].float() - goal).square().mean() if cfg.cycle else l1 * 0
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
     parts = dict(square=square, edges=edges, flicker=flicker, colour=colour, kl=kl, anchor=anchor, cycle=cycle)
     return l1 + sum(getattr(cfg, name) * part for name, part in parts.items()), dict(l1=l1) | parts, out
@@ -102,7 +106,7 @@ class TrainConfig:
     colour: float = 1.0             # weight of the term for means over 8 x 8 pixels
     kl: float = 1e-4                # weight of the KL term, mean over latents
     anchor: float = 1.0             # weight of the distance from principal components
-    cycle: float = 1.0              # weight of the distance between latents and the output's own latents; costs half a step more
+    cycle: float = 1.0              # weight of the distance between the video's latents and the output's own; costs half a step more
     ema: float = 0.999              # decay of the averaged weights that are shipped
     seed: int = 0                   # of everything random
     minutes: float = 5.0            # between checkpoints

@@ -25,6 +25,7 @@ FIGURES = ("fid", "fvd", "sync_c", "sync_d", "sync_offset", "identity", "mouth",
            "proxy_sync_now", "proxy_sync_offset", "proxy_identity", "proxy_frechet", "faces", "head", "seam", "sharpness", "colour", "fps", "latency")
 PAPER = {"fid": "13.72", "fvd": "116.78", "sync_c": "8.11", "sync_d": "7.25", "fps": "66.02"}      # Table 1, HDTF; Figure 6
 MADE = ("talking", "weights/mine", "weights/wan", "weights/tiny/evaluation.json", "weights/tiny/evaluation_grid.json",
+        "weights/tiny/evaluation_long.json", "assets/drift.png",
         "weights/tiny/proxies/proxies.json", "report/", "runs/", "assets/sheet.png", "assets/preview.webp", "assets/teacher.png",
         "assets/student.png", "tests/test_exercise.py")                         # what commands make
 ALLOWED = ("pip", "cp", "mv", "mkdir", "git", "ruff", "python", "torchrun")     # first words of a command
@@ -86,7 +87,7 @@ def first(old):
 def results(old):
     import report
     tables = []
-    for path in sorted(TINY.glob("evaluation*.json"), key=lambda p: len(p.name)):                   # puppets first
+    for path in sorted(TINY.glob("evaluation*.json"), key=lambda p: (len(p.name), p.name)):         # puppets first
         found = read_json(path)
         for window in (found["systems"], *found["drift"].values()):             # the chief figures; all are in the file
             for name in window:

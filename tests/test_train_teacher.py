@@ -130,14 +130,20 @@ def test_the_cache_is_made_once_and_again_for_other_weights(clips, vae, cache, c
     calls = []
     monkeypatch.setattr("chunks.encode_clip", lambda *a: calls.append(a) or {"latents": np.zeros(1)})
     assert encode_clips(clips, vae, Ear(), cache, CFG) == chunks and not calls
-    other = copy.deepcopy(vae)
-    other.decoder.requires_grad_(False).apply(lambda layer: [p.zero_() for p in layer.parameters(recurse=False)])
-    assert encode_clips(clips, other, Ear(), cache, CFG) == chunks and not calls
+    def changed(part):
+        other, ear = copy.deepcopy(vae), Ear()
+        ear.model = copy.deepcopy(ear.model)
+        next((ear.model if part == "ear" else getattr(other, part)).parameters()).data[0] += 1
+        encode_clips(clips, other, ear, cache, CFG)
+        return len(calls)
+
+    assert changed("decoder") == changed("conv2") == 0
+    assert [changed(part) for part in ("encoder", "conv1", "ear")] == [3, 6, 9]
     other = WanVAE(replace(vae.config, latents_std=(2.0,) * 16))
     other.load_state_dict(vae.state_dict())
     encode_clips(clips, other, Ear(), cache, CFG)
     encode_clips(clips, vae, Ear(), cache, replace(CFG, frames=29))
-    assert len(calls) == 6
+    assert len(calls) == 15
 
 
 def test_chunks_tile_a_clip_several_times():

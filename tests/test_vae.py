@@ -246,6 +246,19 @@ def test_an_uncertain_motion_is_answered_by_its_mean():
     assert all(answers[int(torch.stack(values).argmin())].item() == pytest.approx(0.3) for values in losses.values())
 
 
+def test_what_comes_out_is_asked_to_encode_as_the_clip_it_should_be(small, clip):
+    """Law: `cycle` compares the output's latents with those of the video asked for, also when a worn copy went in; no gradient enters that goal."""
+    video, first = clip[:, :, :5], small.encoder.conv1.weight
+    for inputs in (video, (video + 0.3).clamp(-1, 1)):
+        _, parts, out = T.vae_loss(small, inputs, video, T.TrainConfig(), torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            wanted = small.posterior(video)[0]
+        cycle = (small.posterior(out.clamp(-1, 1))[0] - wanted).square().mean()
+        assert parts["cycle"].item() == pytest.approx(cycle.item(), rel=1e-4)
+        one, two = (torch.autograd.grad(x, first, retain_graph=True)[0] for x in (parts["cycle"], cycle))
+        assert torch.allclose(one, two, rtol=1e-3, atol=1e-6 * two.abs().max().item()) and two.abs().max() > 0
+
+
 def test_principal_components_are_the_best_linear_codec():
     """No linear codec of 16 numbers a block loses less than the discarded components; channels are equally loud; a still clip stays still."""
     videos = [torch.randn(4, 3, 9, 16, 16, generator=torch.Generator().manual_seed(i)).cumsum(4).cumsum(3) / 20 for i in range(4)]
