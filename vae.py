@@ -219,6 +219,11 @@ class Decoder3d(nn.Module):
         return run([self.conv1, *self.middle, *self.upsamples, *self.head], z, cache)
 
 
+def one_by_one(x):
+    """Whether the rows of a batch go through the VAE one after another: a CPU decodes 17 frames of four at once in 7 s, one by one in 2.5."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
 class WanVAE(nn.Module):
     """Wan2.1's VAE: encode, decode, decode_stream. ValueError if the config's statistics are not one number a latent channel."""
 
@@ -247,6 +252,8 @@ class WanVAE(nn.Module):
         B, C, T, H, W = video.shape
         if C != 3 or T % 4 != 1 or H % 8 or W % 8:
             raise ValueError(f"encode wants (B, 3, 4k+1, 8i, 8j), not {tuple(video.shape)}")
+        if B > 1 and one_by_one(video):
+            return torch.cat([self.encode(row) for row in video.split(1)])
         if torch.is_grad_enabled() or T == 1:
             mu = self.posterior(video)[0]
         else:
@@ -256,6 +263,8 @@ class WanVAE(nn.Module):
 
     def decode(self, latents):
         """latents (B, C, F, h, w) -> video (B, 3, 4(F-1)+1, 8h, 8w), clamped to [-1, 1] outside training."""
+        if len(latents) > 1 and one_by_one(latents):
+            return torch.cat([self.decode(row) for row in latents.split(1)])
         if torch.is_grad_enabled():
             z = (latents * self.stats[1] + self.stats[0]).contiguous(memory_format=torch.channels_last_3d)
             return self.decoder(self.conv2(z))

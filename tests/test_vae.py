@@ -124,11 +124,14 @@ def test_streamed_decode_is_one_pass_decode(small, clip):
 
 
 def test_encoding_in_groups_is_one_pass_encoding(small):
-    """Without gradients encode() takes 16 frames at a time; with them, all at once. The latents are the same."""
-    video = torch.rand(1, 3, 41, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    """Without gradients encode() takes 16 frames of one clip at a time (on a CPU); with them, all at once. The latents are the same, and so is
+    what is decoded from them."""
+    video = torch.rand(2, 3, 41, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
     with torch.no_grad():
         grouped = small.encode(video)
+        decoded = small.decode(grouped)
     torch.testing.assert_close(grouped, small.encode(video).detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoded, small.decode(grouped).detach().clamp(-1, 1), atol=1e-5, rtol=1e-5)
 
 
 def test_causal_convolution_is_conv3d_with_zeros_in_front():
