@@ -387,6 +387,12 @@ def build_parser():
     return p
 
 
+def longest(films, cfg):
+    """Those of a list of Chunk that last for K chunks, or as long as any: the shortest film sets how far all are followed, and drift shows late."""
+    most = min(cfg.rollout, max(chunks_left(film, cfg) for film in films))
+    return [film for film in films if chunks_left(film, cfg) >= most]
+
+
 def prepare(args, cfg, device, rank, world):
     """The teacher and its two copies, the films -> State, teacher, vae, validation films"""
     models = infer.load(args.weights, "teacher", device, "float32")
@@ -404,9 +410,7 @@ def prepare(args, cfg, device, rank, world):
         vae.conv2.to(torch.bfloat16)
     nets = [shard(copy.deepcopy(models.dit).requires_grad_(True), device, world) for _ in range(2)]
     streams = Streams(found["train"], args.share or [1.0] * len(args.data), cfg, device, rank, world)
-    val = [chunk for chunks in found["val"] for chunk in chunks if chunk.row == 0] or streams.starts[:1]
-    longest = min(cfg.rollout, max(chunks_left(chunk, cfg) for chunk in val))
-    val = [chunk for chunk in val if chunks_left(chunk, cfg) >= longest]        # drift shows late; the shortest film sets how far all are followed
+    val = longest([chunk for chunks in found["val"] for chunk in chunks if chunk.row == 0] or streams.starts[:1], cfg)
     print(f"films can start at: {[len(chunks) for chunks in found['train']]} chunks\nvalidation films: {len(val)}")
     return State(*nets, streams, cfg), shard(models.dit, device, world), vae, val
 

@@ -284,6 +284,15 @@ def test_films_go_on_where_they_are_and_start_again(starts, vae):
     assert [sum(turns[i:i + 5]) for i in range(0, 500, 5)] == [1] * 100         # 5 : 1, block by block
 
 
+def test_validation_follows_the_longest_films(starts):
+    """Law: films too short for K chunks are left out of validation, unless none is longer; a film longer than K is no better than one of K."""
+    left = [chunks_left(film, CFG) for film in starts]
+    assert set(left) == {2, 3}
+    assert [chunks_left(film, CFG) for film in ds.longest(starts, CFG)] == [3] * left.count(3)
+    assert ds.longest(starts, replace(CFG, rollout=2)) == starts
+    assert [chunks_left(film, CFG) for film in ds.longest(starts, replace(CFG, rollout=9))] == [3] * left.count(3)
+
+
 def test_draws_depend_on_seed_step_and_row_alone(starts):
     """Law: noise, noise levels and exit steps are functions of (seed, step, row); exits are even, sigmas stay in [0.02, 0.98]."""
     streams = Streams([starts], [1.0], CFG, "cpu")
