@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -64,6 +64,12 @@ def fingerprint(*models):
         for name, tensor in model.state_dict().items():
             digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def digest(folders, shares):
+    """A hash of what a run learns from: the encoded chunks and how often each folder is drawn. Kept in the checkpoint, for --resume."""
+    names = [[f"{chunk.store.name}@{chunk.row}" for chunk in chunks] for chunks in folders]
+    return hashlib.sha256(repr([names, list(shares)]).encode()).hexdigest()[:16]
 
 
 def pixels(frames):
@@ -123,7 +129,7 @@ class Pools:
     """Chunks by length: a batch has one length. `shares`: how often each folder (a list of chunks) is drawn, whatever its size."""
 
     def __init__(self, folders, shares):
-        self.by_length = {}
+        self.by_length, self.data = {}, digest(folders, shares)
         for chunks, share in zip(folders, shares, strict=True):
             for chunk in chunks:
                 self.by_length.setdefault(chunk.length, []).append((chunk, share / len(chunks)))
@@ -140,6 +146,11 @@ class Pools:
                         sigma=shift_sigma(rng.random(), cfg.shift))
 
 
+def etr(identity):
+    """Eq. 29, z_etr repeats E(I): and E(I) is z_id's first latent. (C, F, h, w) -> the same shape"""
+    return identity[:, :1].expand_as(identity)
+
+
 def load_row(chunk, cfg, rng, cold, deaf, sigma):
     """Eq. 24, encoded -> latents, identity, noise (C, F, h, w); audio (T, L, A); sigma (); predicted (F,), 0 at the head; mask (F, h, w).
 
@@ -153,10 +164,11 @@ def load_row(chunk, cfg, rng, cold, deaf, sigma):
         picture = int(rng.choice(outside or len(pictures)))
     latents = torch.from_numpy(chunk.array("latents")[row].astype(np.float32))
     audio = torch.from_numpy(chunk.array("audio")[row].astype(np.float32))
+    identity = torch.from_numpy(chunk.array("identity")[picture].astype(np.float32))
     F, h, w = latents.shape[1:]
     mask = torch.from_numpy(np.array(chunk.clip.mask[chunk.start:chunk.start + chunk.length]))[None].float() / 255
     mask = torch.cat([mask[:, :1].expand(-1, 3, -1, -1), mask], 1)              # latent 0 holds one frame, the others four
-    return {"latents": latents, "identity": torch.from_numpy(chunk.array("identity")[picture].astype(np.float32)),
+    return {"latents": latents, "identity": etr(identity) if cfg.identity == "etr" else identity,
             "audio": audio * 0 if deaf else audio, "sigma": torch.tensor(sigma, dtype=torch.float32),
             "noise": torch.from_numpy(rng.standard_normal(latents.shape, np.float32)),
             "predicted": (torch.arange(F) >= (1 if cold else cfg.head)).float(),
@@ -192,11 +204,9 @@ def load_chunk(start, age, cfg):
     The portrait is the film's first frame, that is reference picture number `start.row`; consecutive chunks lie in consecutive rows."""
     latents, audio, identity = (torch.from_numpy(np.array(start.array(what)[row])) for what, row in
                                 (("latents", start.row + age), ("audio", start.row + age), ("identity", start.row)))
-    if cfg.identity == "etr":
-        identity = identity[:, :1].expand_as(identity)                          # Eq. 29: z_etr repeats E(I), and E(I) is z_id's first latent
     predicted = torch.arange(latents.shape[1]) >= (cfg.head if age else 1)
-    return {"latents": latents, "identity": identity, "audio": audio, "predicted": predicted.view(1, -1, 1, 1),
-            "cold": torch.full((1, 1, 1, 1), age == 0)}
+    return {"latents": latents, "identity": etr(identity) if cfg.identity == "etr" else identity, "audio": audio,
+            "predicted": predicted.view(1, -1, 1, 1), "cold": torch.full((1, 1, 1, 1), age == 0)}
 
 
 def draw(cfg, step, row, shape, device):
@@ -220,7 +230,7 @@ class Streams:
         if not self.starts:
             raise ValueError(f"no clip is long enough: a film needs two chunks, {2 * cfg.frames - 4 * cfg.head + 3} frames, and sound")
         weights = np.concatenate([np.full(len(chunks), share / max(1, len(chunks))) for chunks, share in zip(folders, shares, strict=True)])
-        self.cfg, self.device, self.weights = cfg, device, weights / weights.sum()
+        self.cfg, self.device, self.weights, self.data = cfg, device, weights / weights.sum(), digest(folders, shares)
         self.calls = [range(row, row + cfg.micro) for row in range(rank * cfg.micro, cfg.batch, cfg.micro * world)]
         C, _, h, w = self.starts[0].array("latents").shape[1:]
         self.place = torch.zeros(cfg.batch, 3, dtype=torch.long)                # which start, chunks made, chunks to be made
@@ -281,6 +291,15 @@ def write_aside(path, save):
         raise OSError(f"{path} was not written: {error}") from None
 
 
+@contextmanager
+def forgiven():
+    """A full disk costs the file, not the run: OSError becomes a warning."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {error}", file=sys.stderr)
+
+
 def write_safetensors(path, tensors, metadata):
     if tensors:                                                                 # {}: not the first process, see gather
         write_aside(path, lambda part: save_file(tensors, part, metadata))
@@ -288,6 +307,16 @@ def write_safetensors(path, tensors, metadata):
 
 def write_json(path, data):
     write_aside(path, lambda part: part.write_text(json.dumps(data, indent=1), encoding="utf-8"))
+
+
+def join(device):
+    """Under torchrun, one of its processes -> its rank, their number; else 0, 1."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return dist.get_rank(), dist.get_world_size()
 
 
 def gather(tensors, dtype=None):
@@ -311,11 +340,12 @@ def mean(numbers):
 def trim_log(path, start):
     """The log of a resumed run goes on at `start`: lines that will be written again are dropped."""
     lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and start else []
-    path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < start), encoding="utf-8")
+    kept = "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < start)
+    write_aside(path, lambda part: part.write_text(kept, encoding="utf-8"))
 
 
 def log(path, record):
-    with open(path, "a", encoding="utf-8") as file:                             # opened anew every time: nothing is lost, whoever kills us
+    with forgiven(), open(path, "a", encoding="utf-8") as file:                 # opened anew every time: nothing is lost, whoever kills us
         print(json.dumps(record), file=file)
 
 
@@ -330,10 +360,15 @@ def swap(model, average):
 
 def save_checkpoint(path, tensors, step, cfg, **more):
     """One .safetensors, written by the first process. If that fails, a warning: the run goes on."""
-    try:
-        write_safetensors(path, gather(tensors), {"step": str(step), "config": json.dumps(asdict(cfg))} | more)
-    except OSError as error:
-        print(f"warning: no checkpoint at step {step}: {error}", file=sys.stderr)
+    tensors = gather(tensors)
+    with forgiven():
+        write_safetensors(path, tensors, {"step": str(step), "config": json.dumps(asdict(cfg))} | more)
+
+
+def save_picture(path, image):
+    """A PNG, forgiven as well."""
+    with forgiven():
+        write_aside(path, lambda part: image.save(part, "PNG"))
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +45,16 @@ from chunks import (
     chunks_left,
     encode_clips,
     gather,
+    join,
     load_checkpoint,
     log,
     mean,
     pixels,
     save_checkpoint,
+    save_picture,
     shard,
     swap,
     trim_log,
-    write_aside,
     write_safetensors,
 )
 from data import ClipFolder
@@ -65,32 +66,33 @@ from tre import continuity_reference
 
 @dataclass(frozen=True)
 class StudentConfig:
-    steps: int = 2000               # critic updates; the student has one for every `ratio` of them (paper: 1,600, of which is not said)
-    ratio: int = 5                  # critic updates for one of the student (paper: not given; Self-Forcing and FlashHead: 5)
+    steps: int = 400                # critic updates; the student has one for every `ratio` of them (paper: 1,600, of which is not said)
+    ratio: int = 2                  # critic updates for one of the student (paper: not given; Self-Forcing and FlashHead: 5)
     batch: int = 4                  # films in the making, over all processes; a step makes one chunk of each (paper: 4)
     micro: int = 4                  # chunks a network call of one process; gradients add up over the calls of a step
-    rollout: int = 5                # K, chunks until a film starts again (paper: not given; FlashHead: 5)
+    rollout: int = 12               # K, chunks until a film starts again (paper: not given; FlashHead: 5)
     denoise: int = 4                # S, the student's steps from noise to a chunk (paper: 4)
-    optimizer: str = "adamw"        # or "muon" (muon.py), whose steps on matrices are ten times lr
-    lr: float = 2e-5                # AdamW's learning rate of the student; full size: 2e-6, as Self-Forcing (paper: not given)
-    lr_critic: float = 2e-5         # and of the critic; full size: 4e-7
-    warmup: int = 20                # steps until they are reached
-    ema: float = 0.99               # memory of the student's averaged weights, which are the ones shipped
+    optimizer: str = "muon"         # "muon" (muon.py), whose steps on matrices are ten times lr, or "adamw", as the paper
+    lr: float = 1.5e-4              # learning rate of the student; full size: 2e-6, as Self-Forcing (paper: not given)
+    lr_critic: float = 3e-4         # and of the critic; full size: 4e-7
+    warmup: int = 10                # steps until they are reached
+    decay: float = 0.5              # share of the steps, at the end, in which both fall to zero
+    ema: float = 0.95               # memory of the student's averaged weights, which are the ones shipped
     shift: float = 5.0              # of the noise levels at which critic and teacher are asked; > 1 asks more in noise
-    guidance: float = 3.0           # audio guidance of the teacher's score, 1 = none; Self-Forcing counts one less and has 3
+    guidance: float = 2.0           # audio guidance of the teacher's score, 1 = none; Self-Forcing counts one less and has 3
     teacher_sees: str = "gt"        # continuity reference of the teacher: gt, gen
     student_sees: str = "gen"       # continuity reference of student and critic: gt, gen
-    identity: str = "tre"           # identity reference: tre (Eq. 3), etr (Eq. 29); should be what the teacher was trained with
+    identity: str = "tre"           # identity reference, the teacher's: tre (Eq. 3), etr (Eq. 29)
     distill: bool = True            # --no-distill: no step is made, the student is the teacher
-    lambda_reg: float = 0.1         # weight of the anchor in Eq. 8 (paper: lost)
+    lambda_reg: float = 0.3         # weight of the anchor in Eq. 8 (paper: lost)
     delta: float = 1.0              # of the anchor's Huber loss, in normalised latents: squares below, distances above (paper: lost)
-    anchor_from: int = 0            # first of the student's steps that is anchored; the early ones can only guess a blur
+    anchor_from: int = 2            # first of the student's steps that is anchored; the early ones can only guess a blur
     head: int = 3                   # m, continuity latents = 4 m - 3 frames (paper: lost)
-    tail: int = 10                  # latents decoded for those frames; 0 = all, as infer.py; 10 of 21 move kappa by 3 parts in 10,000
+    tail: int = 0                   # latents decoded for those frames; 0 = all, as infer.py; 10 of 21 move kappa by 0.03 %, 5 of 9 by 16 %
     frames: int = 33                # of a chunk; full size: 81
-    offsets: int = 2                # times a clip is cut into chunks, each time from a later frame on
-    references: int = 3             # chunks of a clip that a film can start with: those whose first frame is a reference picture
-    encode_bf16: bool = False       # the chunks were encoded in bfloat16
+    offsets: int = 1                # times a clip is cut into chunks, each time from a later frame on
+    references: int = 1             # chunks of a clip that a film can start with: those whose first frame is a reference picture
+    encode_bf16: bool = True        # the chunks were encoded in bfloat16
     films: int = 0                  # use so many clips only; 0 = all
     bf16: bool = True               # bfloat16 autocast, and a bfloat16 decoder, as in infer.py
     checkpointing: bool = False     # recompute the blocks in the backward pass: less memory, a third slower
@@ -101,11 +103,12 @@ class StudentConfig:
     seed: int = 0                   # of everything random
 
 
-PRESETS = {"tiny": StudentConfig(),
-           "debug": StudentConfig(steps=40, ratio=1, batch=2, micro=2, rollout=2, tail=5, lr=3e-4, lr_critic=6e-4, warmup=5, ema=0.9, lambda_reg=1.0,
-                                  guidance=1.0, offsets=1, references=1, films=1, every=20, minutes=1.0, val=1),
-           "wan-1.3b": StudentConfig(steps=1600, batch=64, micro=1, lr=2e-6, lr_critic=4e-7, tail=0, frames=81, checkpointing=True,
-                                     every=100, minutes=30.0)}
+PRESETS = {"tiny": StudentConfig(),                                             # what the shipped student was made with
+           "debug": StudentConfig(steps=40, ratio=1, batch=2, micro=2, rollout=2, optimizer="adamw", lr=3e-4, lr_critic=6e-4, warmup=5, decay=0.0,
+                                  ema=0.9, guidance=1.0, lambda_reg=1.0, anchor_from=0, films=1, encode_bf16=False, every=20, minutes=1.0, val=1),
+           "wan-1.3b": StudentConfig(steps=1600, ratio=5, batch=64, micro=1, rollout=5, optimizer="adamw", lr=2e-6, lr_critic=4e-7, warmup=20,
+                                     decay=0.0, ema=0.99, guidance=4.0, lambda_reg=0.1, anchor_from=0, frames=81, offsets=2,
+                                     references=3, encode_bf16=False, checkpointing=True, every=100, minutes=30.0)}
 CHOICES = {"teacher_sees": ("gt", "gen"), "student_sees": ("gt", "gen"), "identity": ("tre", "etr")}
 FREE = ("steps", "lr", "lr_critic", "minutes", "every", "val", "micro", "checkpointing", "compile")          # may change in --resume
 
@@ -167,9 +170,10 @@ def student_loss(student, critic, teacher, batch, cfg):
             v_deaf = ask(teacher, x, sigma, batch, "teacher", torch.zeros_like(batch["audio"]))
             v_real = v_deaf + cfg.guidance * (v_real - v_deaf)
         g = dmd_gradient(x0, x, v_real, v_fake, sigma, predicted)                                  # Eq. 12, 13
+        on = (batch["exit"] >= cfg.anchor_from).float()                                            # (B,), 0: these rows have no anchor
         pull = cfg.lambda_reg * (x0 - batch["latents"]).clamp(-cfg.delta, cfg.delta)               # the gradient of lambda_reg L_reg
-    anchor = (batch["exit"] >= cfg.anchor_from).float() * anchor_loss(x0, batch["latents"], cfg.delta, predicted)
-    rms = {k: masked_mean(v.square(), predicted).sqrt() for k, v in (("dmd", g), ("pull", pull))}  # sizes of the two gradients
+        rms = {"dmd": masked_mean(g.square(), predicted).sqrt(), "pull": on * masked_mean(pull.square(), predicted).sqrt()}
+    anchor = on * anchor_loss(x0, batch["latents"], cfg.delta, predicted)
     return masked_mean(g * x0, predicted) + cfg.lambda_reg * anchor, {"anchor": anchor} | rms      # d(g x0) = g
 
 
@@ -207,8 +211,8 @@ def export(weights, out, ema, cfg):
     if tensors := gather(ema, torch.float16):
         if out.resolve() != weights.resolve():
             shutil.copytree(weights, out, ignore=shutil.ignore_patterns("student*", "*.part"), dirs_exist_ok=True)
-        made = {k: str(getattr(cfg, k)) for k in ("steps", "teacher_sees", "student_sees", "identity", "distill", "seed")}
-        write_safetensors(out / "student.safetensors", tensors, {"class": "AudioDiT", "trained": "yes"} | made)
+        about = {"class": "AudioDiT", "trained": "yes", "steps": str(cfg.steps), "identity": cfg.identity, "config": json.dumps(asdict(cfg))}
+        write_safetensors(out / "student.safetensors", tensors, about)
 
 # ----------------------------------------------------------------------------------------------------------------- train
 
@@ -240,7 +244,7 @@ def validate(student, vae, films, cfg, autocast, device, path):
         strip += [torch.stack([truth, video.cpu()], 1)[:, :, :, [cfg.frames // 2, -1]]]             # (B, 2, 3, 2, H, W)
     if path:                                                                    # None: another process writes it
         image = torch.cat(strip, 3).permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)             # (3, B 2 H, 2 K W): truth, student, truth, ...
-        write_aside(path, lambda part: Image.fromarray(infer.to_uint8(image[:, None])[0]).save(part, "PNG"))
+        save_picture(path, Image.fromarray(infer.to_uint8(image[:, None])[0]))
     return {"error": np.round(error, 4).tolist(), "colour": np.round(colour, 4).tolist(), "seam": round(float(np.mean(border) / np.mean(inside)), 4)}
 
 
@@ -249,16 +253,17 @@ def plot(run):
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    axes = (figure := Figure((12, 8), layout="constrained")).subplots(2, 2).flat
-    for name, axis in zip(("dmd", "pull", "critic", "anchor"), axes[[0, 0, 1, 1]]):
+    axes = (figure := Figure((15, 8), layout="constrained")).subplots(2, 3).flat
+    for name, axis in zip(("dmd", "pull", "critic", "anchor", "lr", "lr_critic"), axes[[0, 0, 1, 1, 2, 2]]):
         steps, values = np.array([(r["step"], r[name]) for r in records if name in r] or [(0, np.nan)]).T
-        n = max(1, min(50, len(values) // 10))
+        n = 1 if name.startswith("lr") else max(1, min(50, len(values) // 10))
         axis.plot(steps[n - 1:], np.convolve(values, np.ones(n) / n, "valid"), lw=0.8, label=f"{name}, mean of {n}")
-    for name, axis in (("error", axes[2]), ("colour", axes[3])):
-        steps, values = zip(*[(r["step"], r["val"][name]) for r in records if "val" in r])
+    for name, axis in (("error", axes[3]), ("colour", axes[4]), ("seam", axes[5])):
+        steps, values = zip(*[(r["step"], np.atleast_1d(r["val"][name])) for r in records if "val" in r])
         for i, curve in enumerate(zip(*values)):                                # blue to yellow: early chunks to late ones
             shade, ends = i / max(1, len(values[0]) - 1), i in (0, len(values[0]) - 1)
-            axis.plot(steps, curve, color=colormaps["viridis"](shade), label=f"{name}, chunk {i}" if ends else None)
+            label = name if len(values[0]) == 1 else f"{name}, chunk {i}" if ends else None
+            axis.plot(steps, curve, color=colormaps["viridis"](shade), label=label)
         axis.set(xlabel="step")
     for axis in axes:
         axis.legend()
@@ -279,7 +284,7 @@ def train(cfg, state, teacher, vae, val, run, resume=False, device="cpu", rank=0
         for block in net.blocks if cfg.compile else ():
             block.compile(dynamic=False)
     checkpoint, steps = run / "checkpoint.safetensors", cfg.steps * cfg.distill
-    start = load_checkpoint(checkpoint, state.tensors, cfg, FREE, starts=str(len(state.streams.starts))) if resume and checkpoint.exists() else 0
+    start = load_checkpoint(checkpoint, state.tensors, cfg, FREE, data=state.streams.data) if resume and checkpoint.exists() else 0
     if rank == 0:
         trim_log(run / "log.jsonl", start)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.bf16)
@@ -294,12 +299,13 @@ def train(cfg, state, teacher, vae, val, run, resume=False, device="cpu", rank=0
         # --------------------------------------------------------------------------------------------------- save
         if mean([torch.tensor(time.time() - last_save, device=device)])[0] > 60 * cfg.minutes or step == steps:     # a mean: the same everywhere
             state.streams.share()
-            save_checkpoint(checkpoint, state.tensors, step, cfg, starts=str(len(state.streams.starts)))
+            save_checkpoint(checkpoint, state.tensors, step, cfg, data=state.streams.data)
             last_save = time.time()
         # -------------------------------------------------------------------------------------------------- TRAIN
         if step < steps:
             for opt, peak in zip(state.opt.values(), (cfg.lr, cfg.lr_critic)):
-                opt.param_groups[0]["lr"] = peak * min(1, (step + 1) / cfg.warmup)
+                opt.param_groups[0]["lr"] = peak * min(1, (step + 1) / cfg.warmup, (1 - step / cfg.steps) / max(cfg.decay, 1e-9))
+            record["lr"], record["lr_critic"] = (opt.param_groups[0]["lr"] for opt in state.opt.values())
             record |= train_step(state, teacher, vae, cfg, step, autocast, run, rank)
             losses.append(record["critic"])
         # ---------------------------------------------------------------------------------------------------- log
@@ -339,10 +345,12 @@ def train_step(state, teacher, vae, cfg, step, autocast, run, rank):
             parts[k] = parts.get(k, 0) + v.detach().mean() / len(streams.calls)
         if cfg.student_sees == "gen":
             kappas.append((rows, self_generated(vae, answers[:, -1], cfg)))     # the film goes on with the last answer, as in use
+    if kappas:                                                                  # its size, about 1: a film that runs away is seen here first
+        parts["kappa"] = torch.cat([kappa for _, kappa in kappas]).square().mean().sqrt()
     norms = [torch.nn.utils.clip_grad_norm_(state.nets[k].parameters(), 10.0) for k in who]        # 10: as Self-Forcing
     norms = {f"norm_{k}": (v.full_tensor() if isinstance(v, DTensor) else v).item() for k, v in zip(who, norms)}
     numbers = dict(zip(parts, mean(parts.values()))) | norms
-    if not np.isfinite(sum(numbers.values())):                                  # before the weights and the films are touched
+    if not np.isfinite(sum(numbers.values())):                                  # kappa, too: before the weights and the films are touched
         names = ", ".join(streams.starts[streams.place[row, 0]].clip.name for rows in streams.calls for row in rows)
         raise FloatingPointError(f"{numbers} at step {step}, in the clips {names} (of process {rank}); the weights were not changed, the last "
                                  f"checkpoint is in {run}")
@@ -360,8 +368,9 @@ def check(cfg, world):
     if cfg.teacher_sees == "gen" and cfg.student_sees == "gt":
         raise ValueError("--teacher-sees gen --student-sees gt is no row of Table 4: a student that is handed true frames goes on from none of its "
                          "own; the teacher's target would drift as in symmetric-gen, for a student that never meets drift, as in symmetric-gt")
-    if min(cfg.batch, cfg.micro, cfg.ratio, cfg.rollout - 1, cfg.denoise, cfg.warmup) < 1 or cfg.batch % (cfg.micro * world):
-        raise ValueError(f"batch {cfg.batch} must be a multiple of micro {cfg.micro} x {world} processes, rollout >= 2, ratio, denoise, warmup >= 1")
+    counts = (cfg.batch, cfg.micro, cfg.ratio, cfg.rollout - 1, cfg.denoise, cfg.warmup, cfg.every, cfg.val)
+    if min(counts) < 1 or cfg.batch % (cfg.micro * world):
+        raise ValueError(f"batch {cfg.batch} must be a multiple of micro {cfg.micro} x {world} processes, rollout at least 2, all counts at least 1")
     if 0 < cfg.tail <= cfg.head:
         raise ValueError(f"tail {cfg.tail} must be 0 or more than head {cfg.head}: the first latent decoded gives one frame only")
 
@@ -396,8 +405,9 @@ def longest(films, cfg):
 def prepare(args, cfg, device, rank, world):
     """The teacher and its two copies, the films -> State, teacher, vae, validation films"""
     models = infer.load(args.weights, "teacher", device, "float32")
-    if cfg.frames != models.frames:
-        raise ValueError(f"--frames {cfg.frames}, but the teacher in {args.weights} makes chunks of {models.frames} (its config.json)")
+    for name, mine, its in ("frames", cfg.frames, models.frames), ("identity", cfg.identity, models.identity):
+        if mine != its:
+            raise ValueError(f"--{name} {mine}, but the teacher in {args.weights} was trained with {its}")
     vae, two, found = models.vae, 2 * cfg.frames - 4 * cfg.head + 3, {"train": [], "val": []}
     for folder, cache in zip(args.data, args.cache or [None] * len(args.data), strict=True):
         for part, most in (("train", cfg.films), ("val", -(-cfg.val // len(args.data)))):
@@ -410,8 +420,10 @@ def prepare(args, cfg, device, rank, world):
         vae.conv2.to(torch.bfloat16)
     nets = [shard(copy.deepcopy(models.dit).requires_grad_(True), device, world) for _ in range(2)]
     streams = Streams(found["train"], args.share or [1.0] * len(args.data), cfg, device, rank, world)
-    val = longest([chunk for chunks in found["val"] for chunk in chunks if chunk.row == 0] or streams.starts[:1], cfg)
-    print(f"films can start at: {[len(chunks) for chunks in found['train']]} chunks\nvalidation films: {len(val)}")
+    held_out = [chunk for chunks in found["val"] for chunk in chunks if chunk.row == 0]
+    val = longest(held_out or streams.starts[:1], cfg)
+    print(f"films can start at: {[len(chunks) for chunks in found['train']]} chunks\n"
+          f"validation films: {len(val)}{'' if held_out else ', of those that are trained on: no other has two chunks'}")
     return State(*nets, streams, cfg), shard(models.dit, device, world), vae, val
 
 
@@ -420,23 +432,19 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(StudentConfig) if getattr(args, f.name) is not None}
     cfg = replace(PRESETS[args.preset], **given)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         if args.plot:
             return plot(args.run)
         if not args.data:
             raise ValueError("--data is needed: a folder of clips")
-        check(cfg, world)
+        check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         device, _ = infer.pick(args.device, "auto")
-        if world > 1:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-            if device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        rank, world = join(device)
         state, teacher, vae, val = prepare(args, cfg, device, rank, world)
         print(f"{cfg}\nparameters: 3 x {sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M")
         losses = train(cfg, state, teacher, vae, val, args.run, args.resume, device, rank, world)
         export(args.weights, args.out or args.weights, state.ema, cfg)
-        print(f"critic_updates: {cfg.steps * cfg.distill}\nstudent_updates: {cfg.steps * cfg.distill // cfg.ratio}\n"
+        print(f"critic_updates: {cfg.steps * cfg.distill}\nstudent_updates: {sum(students_turn(k, cfg) for k in range(cfg.steps * cfg.distill))}\n"
               f"critic_loss: {np.mean(losses[-50:] or [np.nan]):.4f}\nweights: {(args.out or args.weights) / 'student.safetensors'}")
     except (OSError, ValueError, KeyError, FloatingPointError, SafetensorError, KeyboardInterrupt) as error:
         print(f"distill_student.py: {str(error) or 'stopped; --resume goes on from the last checkpoint'}", file=sys.stderr)

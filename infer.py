@@ -53,6 +53,7 @@ class Models:
     size: int                                                                   # pixels along each side of the video
     trained: bool                                                               # False: first weights, the face will not talk yet
     frames: int = CHUNK                                                         # T, frames a chunk: as many as it was trained on
+    identity: str = "tre"                                                       # identity reference that it was trained with
 
 
 def pick(device, dtype):
@@ -86,7 +87,8 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
             dit = AudioDiT(DiTConfig(**config["dit"]))
         with safe_open(folder / f"{network}.safetensors", "pt") as file:
             tensors = {k: file.get_tensor(k).float() for k in file.keys()}
-            trained = (file.metadata() or {}).get("trained") != "no"
+            about = file.metadata() or {}
+            trained, identity = about.get("trained") != "no", about.get("identity", "tre")
         dit.load_state_dict(tensors, assign=True)
         heard, size, frames = str(config["audio"]), int(config["size"]), int(config.get("frames", CHUNK))
         if size < 16 or size % 16 or frames % 4 != 1 or frames < 5 or vae.config.z_dim != dit.config.channels:
@@ -101,7 +103,7 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
     dit = dit.to(device).eval().requires_grad_(False).cast_matrices(dtype)
     vae.decoder.to(dtype)                                                       # a bfloat16 decoder is safe; a bfloat16 *encoder* would
     vae.conv2.to(dtype)                                                         # add its rounding to every chunk's kappa, and drift
-    return Models(vae, dit, audio, network, size, trained, frames)
+    return Models(vae, dit, audio, network, size, trained, frames, identity)
 
 
 def load_image(path, size):
@@ -166,14 +168,15 @@ class Stopwatch(defaultdict):
 
 
 @torch.inference_mode()
-def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handover="reencode", identity="tre", guidance=3.0, clock=None):
+def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handover="reencode", identity=None, guidance=3.0, clock=None):
     """The chunk loop. Yields uint8 (T, H, W, 3) pieces, ceil(samples / 640) frames in all.
 
     image (1, 3, H, W) in [-1, 1]; audio (samples,) float32 at 16 kHz. continuity_frames n = 4k+1 (1, 5, 9, 13) frames, handed over by
-    handover "reencode" (the paper's) or "latents" (the last latents as they are: Appendix D's comparison). identity "tre" or "etr".
+    handover "reencode" (the paper's) or "latents" (the last latents as they are: Appendix D's comparison). identity "tre" or "etr", None: the one
+    that the network was trained with.
     guidance and steps > 4 are the teacher's. Same seed, same frames. ValueError, at the first frame, for values outside these."""
     n, m = continuity_frames, 1 + (continuity_frames - 1) // 4                  # kappa holds m latents = n frames
-    T = models.frames
+    T, identity = models.frames, identity or models.identity
     if n % 4 != 1 or not 1 <= n < T:
         raise ValueError(f"continuity frames must be 1, 5, 9, 13, ... and fewer than the {T} of a chunk, not {n}")
     if handover not in ("reencode", "latents") or identity not in IDENTITY:
@@ -277,7 +280,7 @@ def build_parser():
     p.add_argument("--seed", type=int, default=0, help="same seed, same video; another seed moves the head differently")
     p.add_argument("--continuity-frames", type=int, default=9, help="frames handed from chunk to chunk: 1, 5, 9 or 13")
     p.add_argument("--handover", choices=["reencode", "latents"], default="reencode", help="hand them over decoded and encoded anew, or as latents")
-    p.add_argument("--identity", choices=list(IDENTITY), default="tre", help="identity reference: Eq. 3, or encode-then-repeat, Eq. 29")
+    p.add_argument("--identity", choices=list(IDENTITY), help="identity reference: tre (Eq. 3) or etr (Eq. 29); None: what was trained with")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute; auto: a GPU if there is one")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of generator and decoder; auto: bfloat16 if it is fast")
     p.add_argument("--compile", action="store_true", help="torch.compile the generator: slower start, faster chunks")

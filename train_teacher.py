@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -42,22 +42,24 @@ from chunks import (
     collate,
     encode_clips,
     gather,
+    join,
     load_checkpoint,
     load_row,
     log,
     mean,
     pixels,
     save_checkpoint,
+    save_picture,
     shard,
     shorten,
     swap,
     trim_log,
-    write_aside,
     write_json,
     write_safetensors,
 )
 from data import ClipFolder
 from dit import AudioDiT, DiTConfig, add_noise, load_wan_checkpoint, sample_teacher, velocity, x0_from_velocity
+from infer import pick
 from muon import Muon
 from vae import load_vae
 
@@ -66,15 +68,16 @@ from vae import load_vae
 @dataclass(frozen=True)
 class TeacherConfig:
     network: str = "tiny"           # size of the network: a preset of dit.py, or "debug"
-    steps: int = 20000              # optimiser steps (paper: 15,000)
-    batch: int = 4                  # chunks a step, over all processes (paper: 4, whether of each GPU or of all is not said)
-    micro: int = 4                  # chunks a network call of one process; gradients add up over the calls of a step
+    steps: int = 6000               # optimiser steps (paper: 15,000)
+    batch: int = 8                  # chunks a step, over all processes (paper: 4, whether of each GPU or of all is not said)
+    micro: int = 8                  # chunks a network call of one process; gradients add up over the calls of a step
     optimizer: str = "muon"         # "muon" (muon.py) learns about twice as much a step; "adamw" is what the paper used
-    lr: float = 2e-3                # peak of AdamW's learning rate, Muon's is ten times as high (paper: not given)
-    warmup: int = 300               # steps until it is reached
+    lr: float = 1.5e-3              # peak of AdamW's learning rate, Muon's is ten times as high (paper: not given)
+    warmup: int = 100               # steps until it is reached
     decay: float = 0.3              # share of the steps, at the end, in which it falls to zero
-    ema: float = 0.999              # memory of the averaged weights, which are the ones shipped
+    ema: float = 0.99               # memory of the averaged weights, which are the ones shipped
     shift: float = 8.0              # of the noise levels, > 1 trains more on noise; full size: 5 (paper: not given)
+    identity: str = "tre"           # identity reference: tre (Eq. 3), etr (Eq. 29, the baseline of Tables 2 and 3)
     head: int = 3                   # m, continuity latents = 4 m - 3 frames (paper: lost)
     cold: float = 0.1               # share of rows that start cold, with the portrait as their first frame
     deaf: float = 0.1               # share of rows whose audio is zeroed: what guidance compares with
@@ -88,9 +91,9 @@ class TeacherConfig:
     context: int = 2                # latents decoded to their left, whose frames are thrown away
     frames: int = 33                # longest chunk, full size: 81; shorter clips give one chunk of 4k+1 frames
     latents: int = 0                # train on the first so many latents of a chunk, 0 = all; of 81 frames, 9 of 21 cost a quarter
-    offsets: int = 2                # times a clip is cut into chunks, each time from a later frame on
-    references: int = 3             # chunks of a clip whose first frame serves as a reference picture; the clip's last frame also does
-    encode_bf16: bool = False       # encode the cache in bfloat16: 2.5 x faster, latents off by 1 part in 200
+    offsets: int = 1                # times a clip is cut into chunks, each time from a later frame on
+    references: int = 1             # chunks of a clip whose first frame serves as a reference picture; the clip's last frame also does
+    encode_bf16: bool = True        # encode the cache in bfloat16: 2.5 x faster, latents off by 1 part in 200
     chunks: int = 0                 # use so many chunks only; 0 = all
     bf16: bool = True               # bfloat16 autocast
     checkpointing: bool = False     # recompute the blocks in the backward pass: less memory, a third slower
@@ -102,11 +105,13 @@ class TeacherConfig:
 
 
 PRESETS = {"tiny": TeacherConfig(),
-           "debug": TeacherConfig(network="debug", steps=150, batch=2, micro=2, warmup=20, ema=0.95, shift=2.0, cold=0.0, focus=0.0,
-                                  lips=0.0, temporal=0.0, face=0.0, offsets=1, references=1, chunks=1, every=100, minutes=1.0, val=1),
+           "debug": TeacherConfig(network="debug", steps=150, batch=2, micro=2, lr=2e-3, warmup=20, ema=0.95, shift=2.0, cold=0.0, focus=0.0,
+                                  lips=0.0, temporal=0.0, face=0.0, encode_bf16=False, chunks=1, every=100, minutes=1.0, val=1),
            "wan-1.3b": TeacherConfig(network="wan-1.3b", steps=15000, batch=64, micro=1, optimizer="adamw", lr=1e-5, warmup=500, decay=0.1,
-                                     ema=0.9999, shift=5.0, focus=0.0, lips=0.0, frames=81, checkpointing=True, every=500, minutes=30.0)}
+                                     ema=0.9999, shift=5.0, focus=0.0, lips=0.0, frames=81, offsets=2, references=3, encode_bf16=False,
+                                     checkpointing=True, every=500, minutes=30.0)}
 NETWORKS = dit.PRESETS | {"debug": DiTConfig(dim=192, ffn_dim=384, heads=4, layers=3, audio_tokens=4, audio_hidden=64)}
+CHOICES = {"network": tuple(NETWORKS), "optimizer": ("muon", "adamw"), "identity": ("tre", "etr")}
 FREE = ("steps", "latents", "ema", "lips", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)    # noise levels of the validation loss
 
@@ -148,11 +153,12 @@ def decode_window(vae, latents, first, count, context):
 
 
 def pixel_losses(vae, x0, batch, cfg):
-    """Eq. 16 and 17 for the rows that are clean enough; x0 (B, C, F, h, w) predicted -> two (B,), zero for the other rows."""
-    temporal, face = x0.new_zeros(len(x0)), x0.new_zeros(len(x0))
+    """Eq. 16 and 17 for the rows that are clean enough; x0 (B, C, F, h, w) predicted -> two (B,), zero for the other rows, and which they are."""
+    temporal, face, clean = (x0.new_zeros(len(x0)) for _ in range(3))
     for i, chunk in enumerate(batch["chunk"]):
         if batch["sigma"][i] >= cfg.pixel_sigma:
             continue
+        clean[i] = 1
         first = max(1, min(int(batch["window"][i]), x0.shape[2] - cfg.window))
         count = min(cfg.window, x0.shape[2] - first)
         frames = slice(chunk.start + 4 * first - 3, chunk.start + 4 * (first + count) - 3)
@@ -160,7 +166,7 @@ def pixel_losses(vae, x0, batch, cfg):
         mask = torch.from_numpy(np.array(chunk.clip.mask[frames]).repeat(4, 1).repeat(4, 2)).to(x0)[None, None] / 255   # (1, 1, 4 count, H, W)
         made = decode_window(vae, x0[i:i + 1], first, count, cfg.context).float()
         temporal[i], face[i] = temporal_gradient_loss(made, true)[0], face_loss(made, true, mask)[0]
-    return temporal, face
+    return temporal, face, clean
 
 
 def teacher_loss(model, vae, batch, cfg, with_pixels):
@@ -174,7 +180,7 @@ def teacher_loss(model, vae, batch, cfg, with_pixels):
     loss = parts["flow"]
     if with_pixels:
         x0_hat = torch.where(predicted > 0, x0_from_velocity(x, v, sigma), x0)
-        parts["temporal"], parts["face"] = pixel_losses(vae, x0_hat, batch, cfg)
+        parts["temporal"], parts["face"], parts["clean"] = pixel_losses(vae, x0_hat, batch, cfg)
         loss = loss + cfg.temporal * parts["temporal"] + cfg.face * parts["face"]
     return loss, parts
 
@@ -198,8 +204,8 @@ class State:
             self.ema[k].lerp_(p, 1 - decay)
 
 
-def export(out, config, ema, cfg):
-    """OUT/teacher.safetensors (float16), and in OUT/config.json the "dit" part and the frames of a chunk."""
+def export(out, config, ema, cfg, before=0):
+    """OUT/teacher.safetensors (float16), and in OUT/config.json the "dit" part and the frames of a chunk. before: steps that --init had made."""
     path, tensors = out / "config.json", gather(ema, torch.float16)
     every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if not tensors:
@@ -207,7 +213,8 @@ def export(out, config, ema, cfg):
     frames = min(cfg.frames, 4 * cfg.latents - 3) if cfg.latents else cfg.frames
     if (out / "student.safetensors").exists() and (every.get("dit"), every.get("frames", 81)) != (asdict(config), frames):
         print(f"warning: {out / 'student.safetensors'} was made for another network or chunk length: distil it anew", file=sys.stderr)
-    write_safetensors(out / "teacher.safetensors", tensors, {"class": "AudioDiT", "trained": "yes", "steps": str(cfg.steps)})
+    write_safetensors(out / "teacher.safetensors", tensors, {"class": "AudioDiT", "trained": "yes", "steps": str(before + cfg.steps),
+                                                          "identity": cfg.identity, "config": json.dumps(asdict(cfg))})
     write_json(path, every | {"frames": frames, "dit": asdict(config)})
 
 # ----------------------------------------------------------------------------------------------------------------- train
@@ -236,7 +243,7 @@ def strip(model, vae, chunks, cfg, device, path, steps=20, guidance=3.0):
             rows.append(picked.permute(2, 1, 3, 0).flatten(1, 2))                                   # (H, 8 W, 3)
     if path:                                                                    # None: another process writes it
         image = Image.fromarray(((torch.cat(rows) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
-        write_aside(path, lambda part: image.save(part, "PNG"))
+        save_picture(path, image)
 
 
 def plot(run):
@@ -261,17 +268,13 @@ def learning_rate(step, cfg):
 
 def train(cfg, model, vae, pools, val, run, resume=False, device="cpu", rank=0, world=1):
     """The loop. model AudioDiT on its device (sharded if world > 1), val list of Chunk -> State, list of the losses of its steps."""
-    if cfg.frames % 4 != 1 or cfg.frames <= 4 * cfg.head or 0 < cfg.latents <= cfg.head:
-        raise ValueError(f"--frames {cfg.frames} (4k + 1) and --latents {cfg.latents} must leave latents to predict after --head {cfg.head}")
-    if cfg.batch % (cfg.micro * world):
-        raise ValueError(f"batch {cfg.batch} is not a multiple of micro {cfg.micro} x {world} processes")
     run.mkdir(parents=True, exist_ok=True)
     model.gradient_checkpointing = cfg.checkpointing
     for block in model.blocks if cfg.compile else ():
         block.compile(dynamic=False)
     state = State(model, cfg)
     checkpoint = run / "checkpoint.safetensors"
-    start = load_checkpoint(checkpoint, state.tensors, cfg, FREE) if resume and checkpoint.exists() else 0
+    start = load_checkpoint(checkpoint, state.tensors, cfg, FREE, data=pools.data) if resume and checkpoint.exists() else 0
     if rank == 0:
         trim_log(run / "log.jsonl", start)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.bf16)
@@ -287,7 +290,7 @@ def train(cfg, model, vae, pools, val, run, resume=False, device="cpu", rank=0, 
         # --------------------------------------------------------------------------------------- save and sample
         age = mean([torch.tensor(time.time() - last_save, device=device)])[0]   # the same on every process
         if age > 60 * cfg.minutes or step == cfg.steps:
-            save_checkpoint(checkpoint, state.tensors, step, cfg)
+            save_checkpoint(checkpoint, state.tensors, step, cfg, data=pools.data)
             swap(model, state.ema)
             with autocast:
                 strip(model, vae, val, cfg, device, run / "strip.png" if rank == 0 else None)
@@ -333,9 +336,26 @@ def train_step(state, vae, pools, cfg, step, autocast, run, device, rank, world)
         raise FloatingPointError(f"loss {parts['loss']}, gradient norm {norm.item()} at step {step}, in the chunks {', '.join(names)} "
                                  f"(of process {rank}); the weights were not changed, the last checkpoint is in {run}")
     state.opt.step()
-    return {k: round(v, 6) for k, v in parts.items() if k != "loss"} | {"loss": parts["loss"], "norm": round(norm.item(), 4)}
+    loss, clean = parts.pop("loss"), parts.pop("clean", 0)                      # clean: share of rows that were decoded, the log has their mean
+    for k in ("temporal", "face") if with_pixels else ():
+        whole = parts.pop(k)
+        parts |= {k: whole / clean} if clean else {}
+    return {k: round(v, 6) for k, v in parts.items()} | {"loss": loss, "norm": round(norm.item(), 4)}
 
 # ------------------------------------------------------------------------------------------------------------------ main
+
+
+def check(cfg, world):
+    """ValueError, in one line, for options that make no sense together."""
+    if cfg.frames % 4 != 1 or cfg.frames <= 4 * cfg.head or 0 < cfg.latents <= cfg.head:
+        raise ValueError(f"--frames {cfg.frames} (4k + 1) and --latents {cfg.latents} must leave latents to predict after --head {cfg.head}")
+    if min(cfg.batch, cfg.micro) < 1 or cfg.batch % (cfg.micro * world):
+        raise ValueError(f"batch {cfg.batch} is not a multiple of micro {cfg.micro} x {world} processes")
+    at_least_one = ("warmup", "head", "pixel_every", "window", "context", "offsets", "references", "every", "val")
+    if wrong := [f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in at_least_one if getattr(cfg, name) < 1]:
+        raise ValueError(f"{', '.join(wrong)} must be at least 1")
+    if not 0 < cfg.decay <= 1:
+        raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most")
 
 
 def build_parser():
@@ -354,6 +374,7 @@ def build_parser():
     meaning = dict(re.findall(r"    (\w+): .*?# (.*)", inspect.getsource(TeacherConfig)))
     for field in fields(TeacherConfig):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
+        kind |= {"choices": CHOICES[field.name]} if field.name in CHOICES else {}
         p.add_argument(f"--{field.name.replace('_', '-')}", **kind, help=f"{meaning[field.name]} [{field.default}]")
     return p
 
@@ -367,7 +388,10 @@ def prepare(args, cfg, device, rank, world):
     model = AudioDiT(replace(NETWORKS[cfg.network], channels=vae.config.z_dim, audio_layers=encoder.layers, audio_dim=encoder.dim))
     if args.init:
         ours = "audio_proj.norm.weight" in (tensors := load_file(args.init))
-        print(model.load_state_dict(tensors) if ours else load_wan_checkpoint(model, tensors))
+        try:
+            print(model.load_state_dict(tensors) if ours else load_wan_checkpoint(model, tensors))
+        except RuntimeError as error:
+            raise ValueError(f"--init {args.init} is another network: {' '.join(str(error).split())[:200]}") from None
     folders, val = [], []
     for folder, cache in zip(args.data, args.cache or [None] * len(args.data), strict=True):
         parts = ("all", "all") if cfg.chunks else ("train", "val")              # all: learnt by heart, and validated on the same
@@ -379,28 +403,33 @@ def prepare(args, cfg, device, rank, world):
     return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders)), val
 
 
+def steps_of(path):
+    """Steps that made the weights to start from, by their own word; 0 if there are none, or if they do not say."""
+    if path is None:
+        return 0
+    with safe_open(path, "pt") as file:
+        return int((file.metadata() or {}).get("steps", 0))
+
+
 def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)                   # kill is Ctrl-C
     args = build_parser().parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(TeacherConfig) if getattr(args, f.name) is not None}
     cfg = replace(PRESETS[args.preset], **given)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if args.plot:
             return plot(args.run)
         if not args.data:
             raise ValueError("--data is needed: a folder of clips")
-        if world > 1:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-            if device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        device, _ = pick(args.device, "auto")
+        rank, world = join(device)
         model, vae, pools, val = prepare(args, cfg, device, rank, world)
         print(f"{cfg}\nparameters: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M\nchunks of T frames: "
               f"{ {T: len(pool) for T, pool in pools.by_length.items()} }\nvalidation chunks: {len(val)}")
         state, losses = train(cfg, model, vae, pools, val, args.run, args.resume, device, rank, world)
-        export(args.out or args.weights, model.config, state.ema, cfg)
-        print(f"steps: {cfg.steps}\nloss: {np.mean(losses[-50:]):.4f}\nweights: {(args.out or args.weights) / 'teacher.safetensors'}")
+        export(args.out or args.weights, model.config, state.ema, cfg, steps_of(args.init))
+        print(f"steps: {cfg.steps}\nloss: {np.mean(losses[-50:] or [np.nan]):.4f}\nweights: {(args.out or args.weights) / 'teacher.safetensors'}")
     except (OSError, ValueError, KeyError, FloatingPointError, SafetensorError) as error:
         sys.exit(print(f"train_teacher.py: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:

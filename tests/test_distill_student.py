@@ -25,6 +25,7 @@ from vae import PRESETS as VAE
 from vae import WanVAE
 
 CFG = ds.StudentConfig(steps=7, batch=4, micro=4, rollout=3, ratio=2, lr=1e-3, lr_critic=1e-3, warmup=2, ema=0.9, tail=0, frames=33, offsets=1,
+                       decay=0.0, optimizer="adamw", guidance=3.0, lambda_reg=0.1, anchor_from=0, encode_bf16=False,
                        references=2, bf16=False, every=99, minutes=1e9, val=1)
 NETS = ("student", "critic", "teacher")
 
@@ -179,8 +180,9 @@ def test_the_loss_moves_the_student_along_equation_8(starts):
         wanted = (g + 0.3 * p * (x0 - batch["latents"]).clamp(-0.7, 0.7)) / count
     got = v.grad / -batch["exit_sigma"].view(-1, 1, 1, 1, 1)
     assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-6) and parts["anchor"].shape == (4,)
-    late = ds.student_loss(state.nets["student"], critic, teacher, batch, replace(cfg, anchor_from=2))[1]["anchor"]
-    assert not late[:2].any() and late[2:].all()
+    late = ds.student_loss(state.nets["student"], critic, teacher, batch, replace(cfg, anchor_from=2))[1]
+    assert not late["anchor"][:2].any() and late["anchor"][2:].all()
+    assert not late["pull"][:2].any() and late["pull"][2:].all() and parts["pull"].all()            # the log counts what acts
 
 
 def test_who_is_taught_by_what(starts, vae):
@@ -369,7 +371,7 @@ def test_a_killed_run_goes_on_bit_for_bit(vae, starts, tmp_path, monkeypatch):
     assert all(torch.equal(whole.tensors[k], resumed.tensors[k]) for k in whole.tensors)
     steps = [json.loads(line)["step"] for line in (tmp_path / "b/log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert steps == list(range(8))                                              # no step is logged twice
-    for options, reason in (({"lambda_reg": 0.5}, "lambda_reg 0.1 -> 0.5"), ({}, r"starts \d+ -> \d+")):
+    for options, reason in (({"lambda_reg": 0.5}, "lambda_reg 0.1 -> 0.5"), ({}, r"data \w+ -> \w+")):
         with pytest.raises(ValueError, match=reason):
             run(tmp_path / "b", vae, starts if options else starts[:2], resume=True, **options)
 
@@ -424,9 +426,9 @@ def test_debug_preset_learns_a_film_by_heart(folder, capsys):
     first, last = (np.array(log[i]["val"]["error"]) for i in (0, -1))
     assert (last < 0.9 * first).all(), (first, last)
     models = infer.load(folder / "out", "student", "cpu", "float32")
-    assert models.trained and (folder / "weights" / "teacher.safetensors").read_bytes() == before
+    assert models.trained and models.identity == "tre" and (folder / "weights" / "teacher.safetensors").read_bytes() == before
     with safe_open(folder / "out/student.safetensors", "pt") as file:
-        assert file.get_tensor("head.head.weight").dtype == torch.float16 and file.metadata()["teacher_sees"] == "gt"
+        assert file.get_tensor("head.head.weight").dtype == torch.float16 and json.loads(file.metadata()["config"])["teacher_sees"] == "gt"
     assert (folder / "run/strip.png").exists()
     ds.main(["--plot", "--run-dir", str(folder / "run")])
     assert (folder / "run/curves.png").exists()
@@ -447,9 +449,10 @@ def test_bad_input_is_one_line(folder, capsys):
     config = json.loads((folder / "long" / "config.json").read_text(encoding="utf-8"))
     (folder / "long" / "config.json").write_text(json.dumps(config | {"frames": 81}), encoding="utf-8")
     for bad, word in ((["--data", str(folder / "nowhere")], "nowhere"), (["--micro", "3"], "micro"), (["--weights", str(folder)], "config.json"),
-                      (["--frames", "81"], "chunks of 33"),
+                      (["--frames", "81"], "trained with 33"),
                       (["--weights", str(folder / "long"), "--frames", "81"], "long enough"),
                       (["--teacher-sees", "gen", "--student-sees", "gt"], "Table 4"),
+                      (["--identity", "etr"], "trained with tre"),                # a student cannot learn from scores of another reference
                       (["--tail", "3"], "tail")):
         with pytest.raises(SystemExit) as stop:
             ds.main(options(folder, *bad, run="bad"))

@@ -13,20 +13,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import dit
 import infer
 import train_teacher as tt
-from chunks import Pools, chunk_starts, collate, encode_clips, load_row, swap
+from chunks import Pools, chunk_starts, collate, encode_clips, load_row, log, save_picture, swap
 from data import Clip, write_mp4
 from vae import PRESETS as VAE
 from vae import WanVAE
 
 SMALL = replace(dit.PRESETS["tiny"], dim=48, ffn_dim=64, layers=2, audio_layers=2, audio_dim=3, audio_tokens=2, audio_hidden=16)
 CFG = tt.TeacherConfig(steps=6, batch=4, micro=4, lr=1e-3, warmup=2, ema=0.9, frames=33, offsets=2, references=2, bf16=False, every=3,
-                       minutes=1e9, val=1, pixel_every=1, pixel_sigma=0.7)
+                       minutes=1e9, val=1, pixel_every=1, pixel_sigma=0.7, encode_bf16=False)
 
 
 class Ear:
@@ -98,9 +99,10 @@ def run(folder, vae, pools, chunks, resume=False, model=None, **options):
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-@pytest.mark.parametrize("T", [81, 33])
-def test_the_cache_holds_what_the_network_is_given_in_use(clips, vae, tmp_path, T):
-    """Law: training and inference see one world, at any chunk length. Latents, identity reference and audio are infer.py's own, rounded to half."""
+@pytest.mark.parametrize("T, reference", [(81, "tre"), (33, "tre"), (33, "etr")])
+def test_the_cache_holds_what_the_network_is_given_in_use(clips, vae, tmp_path, T, reference):
+    """Law: training and inference see one world, at any chunk length, with either identity reference. Latents, references and audio are
+    infer.py's own, rounded to half."""
     seen = []
 
     class Recorder(torch.nn.Module):
@@ -113,9 +115,9 @@ def test_the_cache_holds_what_the_network_is_given_in_use(clips, vae, tmp_path, 
     assert [c.start for c in chunks] == [0, T - 9]                               # 9 frames shared, as in infer.py
     image = torch.from_numpy(np.array(clip.frames[0])).permute(2, 0, 1)[None] / 127.5 - 1
     sound = np.array(clip.audio[:(2 * T - 9) * 640]) / np.float32(32768)
-    list(infer.generate(infer.Models(vae, Recorder(), Ear(), "teacher", 32, True, T), image, sound, steps=1, guidance=1))
+    list(infer.generate(infer.Models(vae, Recorder(), Ear(), "teacher", 32, True, T, reference), image, sound, steps=1, guidance=1))
     for chunk, (x, identity, audio) in zip(chunks, seen, strict=True):
-        row = load_row(chunk, CFG, np.random.default_rng(0), cold=chunk.row == 0, deaf=False, sigma=0.5)
+        row = load_row(chunk, replace(CFG, identity=reference), np.random.default_rng(0), cold=chunk.row == 0, deaf=False, sigma=0.5)
         assert torch.equal(row["audio"], audio[0].half().float())
         with torch.no_grad():
             truth = vae.encode(tt.pixels(clip.frames[chunk.start:chunk.start + T]))[0]
@@ -254,10 +256,10 @@ def test_pixel_losses_compare_with_the_right_frames(chunks, clips):
             batch, x0 = collate(rows, "cpu"), torch.zeros(2, 2, 9, 4, 4)
             # a window that begins at latent b is decoded as a clip of its own: one frame, then fours
             x0[:, 0] = (chunk.start + 4 * torch.arange(9))[:, None, None]
-            temporal, face = tt.pixel_losses(Perfect(), x0, batch, CFG)
-            assert temporal.tolist() == [0, 0] and face.tolist() == [0, 0]
+            temporal, face, clean = tt.pixel_losses(Perfect(), x0, batch, CFG)
+            assert temporal.tolist() == [0, 0] and face.tolist() == [0, 0] and clean.tolist() == [1, 0]
             x0[:, 1] = 1
-            temporal, face = tt.pixel_losses(Perfect(), x0, batch, CFG)
+            temporal, face, _ = tt.pixel_losses(Perfect(), x0, batch, CFG)
             assert temporal[0] < 1e-6 and face[0] == pytest.approx(0.2, abs=1e-5) and face[1] == 0
 
 
@@ -286,7 +288,7 @@ def test_a_killed_run_goes_on_bit_for_bit(pools, vae, chunks, tmp_path, monkeypa
 
     monkeypatch.setattr(tt, "train_step", killed)
     monkeypatch.setattr(tt, "strip", lambda *a: None)
-    monkeypatch.setattr(tt, "save_checkpoint", lambda path, tensors, step, cfg: step <= 3 and save(path, tensors, step, cfg))
+    monkeypatch.setattr(tt, "save_checkpoint", lambda path, tensors, step, cfg, **more: step <= 3 and save(path, tensors, step, cfg, **more))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", vae, pools, chunks, minutes=0.0)                    # last saved before step 3, killed in step 4
     monkeypatch.setattr(tt, "train_step", step_of)
@@ -298,6 +300,8 @@ def test_a_killed_run_goes_on_bit_for_bit(pools, vae, chunks, tmp_path, monkeypa
     assert steps == list(range(7))                                              # no step is logged twice
     with pytest.raises(ValueError, match="lr 0.001 -> 0.1"):
         run(tmp_path / "b", vae, pools, chunks, resume=True, lr=0.1)
+    with pytest.raises(ValueError, match="made with other options: data "):    # bit for bit means: on the same clips, as often
+        run(tmp_path / "b", vae, Pools([chunks[1:]], [1.0]), chunks, resume=True)
 
 
 def test_nan_stops_the_run_and_names_the_clips(clips, vae, pools, chunks, tmp_path, monkeypatch):
@@ -330,6 +334,9 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(pools, vae, chunks, tmp_path
     monkeypatch.setattr("chunks.save_file", full)
     _, losses = run(tmp_path, vae, pools, chunks, steps=2)
     assert len(losses) == 2 and "No space left" in capsys.readouterr().err
+    log(tmp_path, {"step": 0})                                                  # nor does a line of the log that cannot be written
+    save_picture(tmp_path / "log.jsonl" / "strip.png", Image.new("RGB", (2, 2)))
+    assert capsys.readouterr().err.count("warning: ") == 2
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before and not list(tmp_path.glob("*.part"))
 
 
@@ -380,7 +387,10 @@ def test_debug_preset_learns_a_chunk_by_heart(folder, capsys):
 
 def test_bad_input_is_one_line(folder, capsys):
     """Law: what a user can get wrong ends in exit code 2 and one line."""
-    for bad in (["--data", str(folder / "nowhere")], [], ["--data", str(folder / "clips"), "--micro", "3"]):
+    clips, other = ["--data", str(folder / "clips")], folder / "other.safetensors"
+    save_file({"audio_proj.norm.weight": torch.zeros(3)}, other)
+    for bad in (["--data", str(folder / "nowhere")], [], [*clips, "--micro", "3"], [*clips, "--warmup", "0"], [*clips, "--decay", "0"],
+                [*clips, "--every", "0"], [*clips, "--context", "0"], [*clips, "--init", str(other)]):
         with pytest.raises(SystemExit) as stop:
             tt.main([*bad, "--weights", str(folder / "weights"), "--run-dir", str(folder / "bad"), "--preset", "debug", "--device", "cpu"])
         text = capsys.readouterr().err.strip().splitlines()
