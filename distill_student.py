@@ -40,6 +40,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import infer
+import report
 from chunks import (
     Streams,
     chunks_left,
@@ -248,26 +249,9 @@ def validate(student, vae, films, cfg, autocast, device, path):
     return {"error": np.round(error, 4).tolist(), "colour": np.round(colour, 4).tolist(), "seam": round(float(np.mean(border) / np.mean(inside)), 4)}
 
 
-def plot(run):
-    """run/log.jsonl -> run/curves.png: the two gradients on the student, the two losses, and what should stay level over the chunks."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    axes = (figure := Figure((15, 8), layout="constrained")).subplots(2, 3).flat
-    for name, axis in zip(("dmd", "pull", "critic", "anchor", "lr", "lr_critic"), axes[[0, 0, 1, 1, 2, 2]]):
-        steps, values = np.array([(r["step"], r[name]) for r in records if name in r] or [(0, np.nan)]).T
-        n = 1 if name.startswith("lr") else max(1, min(50, len(values) // 10))
-        axis.plot(steps[n - 1:], np.convolve(values, np.ones(n) / n, "valid"), lw=0.8, label=f"{name}, mean of {n}")
-    for name, axis in (("error", axes[3]), ("colour", axes[4]), ("seam", axes[5])):
-        steps, values = zip(*[(r["step"], np.atleast_1d(r["val"][name])) for r in records if "val" in r])
-        for i, curve in enumerate(zip(*values)):                                # blue to yellow: early chunks to late ones
-            shade, ends = i / max(1, len(values[0]) - 1), i in (0, len(values[0]) - 1)
-            label = name if len(values[0]) == 1 else f"{name}, chunk {i}" if ends else None
-            axis.plot(steps, curve, color=colormaps["viridis"](shade), label=label)
-        axis.set(xlabel="step")
-    for axis in axes:
-        axis.legend()
-    figure.savefig(run / "curves.png", dpi=120)
+def rise_and_fall(step, cfg):
+    """Both learning rates in parts of their peaks: up, level, and down to zero if cfg.decay > 0."""
+    return min(1, (step + 1) / cfg.warmup, (1 - step / cfg.steps) / max(cfg.decay, 1e-9))
 
 
 def students_turn(step, cfg):
@@ -304,7 +288,7 @@ def train(cfg, state, teacher, vae, val, run, resume=False, device="cpu", rank=0
         # -------------------------------------------------------------------------------------------------- TRAIN
         if step < steps:
             for opt, peak in zip(state.opt.values(), (cfg.lr, cfg.lr_critic)):
-                opt.param_groups[0]["lr"] = peak * min(1, (step + 1) / cfg.warmup, (1 - step / cfg.steps) / max(cfg.decay, 1e-9))
+                opt.param_groups[0]["lr"] = peak * rise_and_fall(step, cfg)
             record["lr"], record["lr_critic"] = (opt.param_groups[0]["lr"] for opt in state.opt.values())
             record |= train_step(state, teacher, vae, cfg, step, autocast, run, rank)
             losses.append(record["critic"])
@@ -434,7 +418,7 @@ def main(argv=None):
     cfg = replace(PRESETS[args.preset], **given)
     try:
         if args.plot:
-            return plot(args.run)
+            return report.plot_student(args.run)
         if not args.data:
             raise ValueError("--data is needed: a folder of clips")
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))

@@ -1,9 +1,10 @@
-"""What evaluate.py found, as tables and pictures: report.md, report.json, videos.csv, pieces.csv, drift.png, sheet.png.
+"""What evaluate.py found, as tables and pictures: report.md, report.json, videos.csv, pieces.csv, drift.png, sheet.png. At the end: --plot.
 
 A row is a dict: "system", "video", and figures by the keys of METRICS (nan or absent: not measured). A figure is {"mean", "sd", "n"}: mean and
 standard deviation over n videos; a Frechet distance has no standard deviation, its n counts frames or clips."""
 import csv
 import io
+import json
 import subprocess
 from pathlib import Path
 
@@ -150,3 +151,43 @@ def commit():
         return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+# -------------------------------------------------------------------------------------------------------------- curves
+
+
+def plot_teacher(run, bins):
+    """train_teacher.py --plot: run/log.jsonl -> run/loss.png: the smoothed loss, and the validation loss by noise level."""
+    from matplotlib.figure import Figure
+    axes = (figure := Figure((9, 6))).subplots()
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    flow = np.array([r["flow"] for r in records if "flow" in r])
+    n = max(1, min(100, len(flow) // 10))
+    axes.plot(np.arange(n - 1, len(flow)), np.convolve(flow, np.ones(n) / n, "valid"), "k", lw=0.8, label=f"training, mean of {n} steps")
+    for sigma in bins:
+        axes.plot(*zip(*[(r["step"], r["val"][str(sigma)]) for r in records if "val" in r]), label=f"validation, sigma {sigma}")
+    axes.set(xlabel="step", ylabel="Eq. 2", yscale="log")
+    axes.legend()
+    figure.savefig(run / "loss.png", dpi=120)
+
+
+def plot_student(run):
+    """distill_student.py --plot: run/log.jsonl -> run/curves.png: gradients on the student, losses, learning rates, what should stay level."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    axes = (figure := Figure((15, 8), layout="constrained")).subplots(2, 3).flat
+    for name, axis in zip(("dmd", "pull", "critic", "anchor", "lr", "lr_critic"), axes[[0, 0, 1, 1, 2, 2]]):
+        steps, values = np.array([(r["step"], r[name]) for r in records if name in r] or [(0, np.nan)]).T
+        n = 1 if name.startswith("lr") else max(1, min(50, len(values) // 10))
+        axis.plot(steps[n - 1:], np.convolve(values, np.ones(n) / n, "valid"), lw=0.8, label=f"{name}, mean of {n}")
+    for name, axis in (("error", axes[3]), ("colour", axes[4]), ("seam", axes[5])):
+        steps, values = zip(*[(r["step"], np.atleast_1d(r["val"][name])) for r in records if "val" in r])
+        for i, curve in enumerate(zip(*values)):                                # blue to yellow: early chunks to late ones
+            shade, ends = i / max(1, len(values[0]) - 1), i in (0, len(values[0]) - 1)
+            label = name if len(values[0]) == 1 else f"{name}, chunk {i}" if ends else None
+            axis.plot(steps, curve, color=colormaps["viridis"](shade), label=label)
+        axis.set(xlabel="step")
+    for axis in axes:
+        axis.legend()
+    figure.savefig(run / "curves.png", dpi=120)

@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import dit
+import report
 from audio import AudioEncoder
 from chunks import (
     Pools,
@@ -246,21 +247,6 @@ def strip(model, vae, chunks, cfg, device, path, steps=20, guidance=3.0):
         save_picture(path, image)
 
 
-def plot(run):
-    """run/log.jsonl -> run/loss.png: the smoothed loss, and the validation loss by noise level."""
-    from matplotlib.figure import Figure
-    axes = (figure := Figure((9, 6))).subplots()
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    flow = np.array([r["flow"] for r in records if "flow" in r])
-    n = max(1, min(100, len(flow) // 10))
-    axes.plot(np.arange(n - 1, len(flow)), np.convolve(flow, np.ones(n) / n, "valid"), "k", lw=0.8, label=f"training, mean of {n} steps")
-    for sigma in BINS:
-        axes.plot(*zip(*[(r["step"], r["val"][str(sigma)]) for r in records if "val" in r]), label=f"validation, sigma {sigma}")
-    axes.set(xlabel="step", ylabel="Eq. 2", yscale="log")
-    axes.legend()
-    figure.savefig(run / "loss.png", dpi=120)
-
-
 def learning_rate(step, cfg):
     """Up, level, and down to zero: a run can be made longer as long as the fall has not begun."""
     return cfg.lr * min(1, (step + 1) / cfg.warmup, (1 - step / cfg.steps) / cfg.decay)
@@ -418,7 +404,7 @@ def main(argv=None):
     cfg = replace(PRESETS[args.preset], **given)
     try:
         if args.plot:
-            return plot(args.run)
+            return report.plot_teacher(args.run, BINS)
         if not args.data:
             raise ValueError("--data is needed: a folder of clips")
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))

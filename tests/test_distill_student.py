@@ -307,6 +307,16 @@ def test_draws_depend_on_seed_step_and_row_alone(starts):
     assert abs(torch.stack([d["noise"] for d in drawn]).mean()) < 0.1 and drawn[0]["noise"].shape == (6, 1, 1, 1, 1)
 
 
+def test_the_learning_rates_rise_and_fall(vae, starts, tmp_path):
+    """Law: up over the warm-up, level, down to zero over the last share of the steps, or not at all; the log has what was used."""
+    level, falls = replace(CFG, steps=10, warmup=4), replace(CFG, steps=10, warmup=2, decay=0.5)
+    assert [ds.rise_and_fall(k, level) for k in range(10)] == [0.25, 0.5, 0.75, *[1] * 7]
+    assert [ds.rise_and_fall(k, falls) for k in range(11)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0])
+    run(tmp_path, vae, starts, steps=2, lr=0.1, lr_critic=0.2)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(r["lr"], r["lr_critic"]) for r in log[:2]] == [(0.05, 0.1), (0.1, 0.2)]
+
+
 def test_identity_reference_of_table_3(starts, vae):
     """Law: --identity etr gives encode-then-repeat (Eq. 29) of the film's first frame, from the same cache."""
     batch = Streams([starts], [1.0], replace(CFG, identity="etr"), "cpu")

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shlex
+import statistics
 import struct
 import sys
 from pathlib import Path
@@ -22,10 +23,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "assets")]                                
 README, TINY = ROOT / "README.md", ROOT / "weights" / "tiny"
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 FIGURES = ("fid", "fvd", "sync_c", "sync_d", "sync_offset", "identity", "mouth", "gap_pbm", "closed_pbm", "mouth_sd", "mouth_sd_silence",
-           "proxy_sync_now", "proxy_sync_offset", "proxy_identity", "proxy_frechet", "faces", "head", "seam", "sharpness", "colour", "fps", "latency")
+           "proxy_sync_now", "proxy_sync_offset", "proxy_identity", "proxy_frechet", "faces", "blinks", "head", "seam", "sharpness", "colour", "fps",
+           "latency")
 PAPER = {"fid": "13.72", "fvd": "116.78", "sync_c": "8.11", "sync_d": "7.25", "fps": "66.02"}      # Table 1, HDTF; Figure 6
 MADE = ("talking", "weights/mine", "weights/wan", "weights/tiny/evaluation.json", "weights/tiny/evaluation_grid.json",
-        "weights/tiny/evaluation_long.json", "assets/drift.png",
+        "weights/tiny/evaluation_long.json", "weights/tiny/table4.json", "assets/drift.png",
         "weights/tiny/proxies/proxies.json", "report/", "runs/", "assets/sheet.png", "assets/preview.webp", "assets/teacher.png",
         "assets/student.png", "tests/test_exercise.py")                         # what commands make
 ALLOWED = ("pip", "cp", "mv", "mkdir", "git", "ruff", "python", "torchrun")     # first words of a command
@@ -70,7 +72,7 @@ def state(old):
             out.append(f"There is no {who} yet.")
         elif meta.get("trained") == "no":
             out.append(f"The {who}'s weights are zeros, **not trained yet**: it makes coloured fog of the right length, and `infer.py` says so.")
-        elif meta.get("distill") == "False":
+        elif not json.loads(meta.get("config", "{}")).get("distill", True):
             out.append(f"The {who} is the teacher's own weights in few steps, **not distilled**.")
         else:
             out.append(f"The {who} was trained for {int(meta.get('steps', 0)):,} steps.")
@@ -222,7 +224,24 @@ def laws(old):
     return table(["file", "tests", "what they are about"], rows)
 
 
-BLOCKS = {f.__name__: f for f in (pictures, state, first, results, memory, lines, equations, settings, weights, vae, audio, proxies, curves, laws)}
+def table4(old):
+    """weights/tiny/table4.json, {row: [last `val` of log.jsonl, one a seed]} -> mean and standard deviation over the seeds."""
+    found = read_json(TINY / "table4.json")
+    if not found:
+        return missing("weights/tiny/table4.json", "the command below")
+    rows = []
+    for row, vals in found["rows"].items():
+        figures = [[v["error"][0] for v in vals], [v["error"][-1] for v in vals], [v["colour"][0] for v in vals], [v["colour"][-1] for v in vals],
+                   [v["seam"] for v in vals]]
+        spread = [f" ± {statistics.stdev(f):.3f}" if len(f) > 1 else "" for f in figures]
+        rows.append([row, len(vals), *(f"{statistics.mean(f):.3f}{s}" for f, s in zip(figures, spread))])
+    last = len(next(iter(found["rows"].values()))[0]["error"])
+    heads = [f"{what}, chunk {which}" for what in ("error", "colour") for which in (1, last)]
+    return table(["teacher / student see", "seeds", *heads, "seam"], rows)
+
+
+BLOCKS = {f.__name__: f for f in (pictures, state, first, results, memory, lines, equations, settings, weights, vae, audio, proxies, table4, curves,
+                                  laws)}
 
 
 def rewrite(text):
