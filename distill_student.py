@@ -89,7 +89,7 @@ class StudentConfig:
     delta: float = 1.0              # of the anchor's Huber loss, in normalised latents: squares below, distances above (paper: lost)
     anchor_from: int = 2            # first of the student's steps that is anchored; the early ones can only guess a blur
     head: int = 3                   # m, continuity latents = 4 m - 3 frames (paper: lost)
-    tail: int = 0                   # latents decoded for those frames; 0 = all, as infer.py; 10 of 21 move kappa by 0.03 %, 5 of 9 by 16 %
+    tail: int = 0                   # latents decoded for those frames; 0 = all, as infer.py; 10 of 21 move kappa by 1 in 3,000, 5 of 9 by 1 in 6
     frames: int = 33                # of a chunk; full size: 81
     offsets: int = 1                # times a clip is cut into chunks, each time from a later frame on
     references: int = 1             # chunks of a clip that a film can start with: those whose first frame is a reference picture
