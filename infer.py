@@ -168,19 +168,19 @@ class Stopwatch(defaultdict):
 
 
 @torch.inference_mode()
-def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handover="reencode", identity=None, guidance=3.0, clock=None):
+def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handover="reencode", identity="auto", guidance=3.0, clock=None):
     """The chunk loop. Yields uint8 (T, H, W, 3) pieces, ceil(samples / 640) frames in all.
 
     image (1, 3, H, W) in [-1, 1]; audio (samples,) float32 at 16 kHz. continuity_frames n = 4k+1 (1, 5, 9, 13) frames, handed over by
-    handover "reencode" (the paper's) or "latents" (the last latents as they are: Appendix D's comparison). identity "tre" or "etr", None: the one
-    that the network was trained with.
+    handover "reencode" (the paper's) or "latents" (the last latents as they are: Appendix D's comparison). identity "tre", "etr", or
+    "auto", the one that the network was trained with.
     guidance and steps > 4 are the teacher's. Same seed, same frames. ValueError, at the first frame, for values outside these."""
     n, m = continuity_frames, 1 + (continuity_frames - 1) // 4                  # kappa holds m latents = n frames
-    T, identity = models.frames, identity or models.identity
+    T, identity = models.frames, models.identity if identity == "auto" else identity
     if n % 4 != 1 or not 1 <= n < T:
         raise ValueError(f"continuity frames must be 1, 5, 9, 13, ... and fewer than the {T} of a chunk, not {n}")
     if handover not in ("reencode", "latents") or identity not in IDENTITY:
-        raise ValueError("handover must be reencode or latents, identity tre or etr")
+        raise ValueError("handover must be reencode or latents, identity auto, tre or etr")
     if steps < 1 or not 0 <= seed < 2**63:
         raise ValueError("steps must be at least 1, the seed in [0, 2^63)")
     clock = Stopwatch() if clock is None else clock                             # (an empty dict is false)
@@ -280,7 +280,8 @@ def build_parser():
     p.add_argument("--seed", type=int, default=0, help="same seed, same video; another seed moves the head differently")
     p.add_argument("--continuity-frames", type=int, default=9, help="frames handed from chunk to chunk: 1, 5, 9 or 13")
     p.add_argument("--handover", choices=["reencode", "latents"], default="reencode", help="hand them over decoded and encoded anew, or as latents")
-    p.add_argument("--identity", choices=list(IDENTITY), help="identity reference: tre (Eq. 3) or etr (Eq. 29); None: what was trained with")
+    p.add_argument("--identity", choices=["auto", *IDENTITY], default="auto", help="identity reference: Eq. 3, or encode-then-repeat, Eq. 29; "
+                   "auto: the one that was trained with")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute; auto: a GPU if there is one")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of generator and decoder; auto: bfloat16 if it is fast")
     p.add_argument("--compile", action="store_true", help="torch.compile the generator: slower start, faster chunks")

@@ -165,6 +165,7 @@ def test_ctrl_c_and_kill_keep_what_was_made(weights, files, monkeypatch, capsys,
     def unhandled(*_):
         raise AssertionError("the process would be gone, and a part file left")
     signal.signal(signal.SIGTERM, unhandled)
+    signal.signal(signal.SIGINT, signal.default_int_handler)                    # a suite that was started with nohup ignores it
     monkeypatch.setattr(infer, "to_uint8", stop)
     with pytest.raises(SystemExit) as stopped:
         infer.main(["--image", str(files / "me.png"), "--audio", str(files / "speech.wav"), "--out", str(files / "o.mp4"), "--weights", str(weights)])
