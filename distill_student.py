@@ -104,7 +104,7 @@ class StudentConfig:
     seed: int = 0                   # of everything random
 
 
-PRESETS = {"tiny": StudentConfig(),                                             # what the shipped student was made with
+PRESETS = {"tiny": StudentConfig(),
            "debug": StudentConfig(steps=40, ratio=1, batch=2, micro=2, rollout=2, optimizer="adamw", lr=3e-4, lr_critic=6e-4, warmup=5, decay=0.0,
                                   ema=0.9, guidance=1.0, lambda_reg=1.0, anchor_from=0, films=1, encode_bf16=False, every=20, minutes=1.0, val=1),
            "wan-1.3b": StudentConfig(steps=1600, ratio=5, batch=64, micro=1, rollout=5, optimizer="adamw", lr=2e-6, lr_critic=4e-7, warmup=20,
