@@ -146,9 +146,10 @@ class Pools:
                         sigma=shift_sigma(rng.random(), cfg.shift))
 
 
-def etr(identity):
-    """Eq. 29, z_etr repeats E(I): and E(I) is z_id's first latent. (C, F, h, w) -> the same shape"""
-    return identity[:, :1].expand_as(identity)
+def identity_of(chunk, picture, cfg):
+    """Identity reference of a chunk's picture -> float32 (C, F, h, w): Eq. 3, or Eq. 29, where z_etr repeats E(I), which is z_id's first latent."""
+    identity = torch.from_numpy(chunk.array("identity")[picture].astype(np.float32))
+    return identity[:, :1].expand_as(identity) if cfg.identity == "etr" else identity
 
 
 def load_row(chunk, cfg, rng, cold, deaf, sigma):
@@ -164,11 +165,10 @@ def load_row(chunk, cfg, rng, cold, deaf, sigma):
         picture = int(rng.choice(outside or len(pictures)))
     latents = torch.from_numpy(chunk.array("latents")[row].astype(np.float32))
     audio = torch.from_numpy(chunk.array("audio")[row].astype(np.float32))
-    identity = torch.from_numpy(chunk.array("identity")[picture].astype(np.float32))
     F, h, w = latents.shape[1:]
     mask = torch.from_numpy(np.array(chunk.clip.mask[chunk.start:chunk.start + chunk.length]))[None].float() / 255
     mask = torch.cat([mask[:, :1].expand(-1, 3, -1, -1), mask], 1)              # latent 0 holds one frame, the others four
-    return {"latents": latents, "identity": etr(identity) if cfg.identity == "etr" else identity,
+    return {"latents": latents, "identity": identity_of(chunk, picture, cfg),
             "audio": audio * 0 if deaf else audio, "sigma": torch.tensor(sigma, dtype=torch.float32),
             "noise": torch.from_numpy(rng.standard_normal(latents.shape, np.float32)),
             "predicted": (torch.arange(F) >= (1 if cold else cfg.head)).float(),
@@ -202,10 +202,9 @@ def load_chunk(start, age, cfg):
     """Chunk `age` of the film that begins with `start` -> latents, identity (C, F, h, w), audio (T, L, A), predicted (1, F, 1, 1), cold (1, 1, 1, 1).
 
     The portrait is the film's first frame, that is reference picture number `start.row`; consecutive chunks lie in consecutive rows."""
-    latents, audio, identity = (torch.from_numpy(np.array(start.array(what)[row])) for what, row in
-                                (("latents", start.row + age), ("audio", start.row + age), ("identity", start.row)))
+    latents, audio = (torch.from_numpy(np.array(start.array(what)[start.row + age])) for what in ("latents", "audio"))
     predicted = torch.arange(latents.shape[1]) >= (cfg.head if age else 1)
-    return {"latents": latents, "identity": etr(identity) if cfg.identity == "etr" else identity, "audio": audio,
+    return {"latents": latents, "identity": identity_of(start, start.row, cfg), "audio": audio,
             "predicted": predicted.view(1, -1, 1, 1), "cold": torch.full((1, 1, 1, 1), age == 0)}
 
 

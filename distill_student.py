@@ -61,7 +61,7 @@ from chunks import (
 from data import ClipFolder
 from dit import add_noise, score_from_velocity, student_sigmas, velocity, x0_from_velocity
 from muon import Muon
-from tre import continuity_reference
+from tre import IDENTITY, continuity_reference
 
 # ---------------------------------------------------------------------------------------------------------------- config
 
@@ -105,12 +105,13 @@ class StudentConfig:
 
 
 PRESETS = {"tiny": StudentConfig(),
-           "debug": StudentConfig(steps=40, ratio=1, batch=2, micro=2, rollout=2, optimizer="adamw", lr=3e-4, lr_critic=6e-4, warmup=5, decay=0.0,
-                                  ema=0.9, guidance=1.0, lambda_reg=1.0, anchor_from=0, films=1, encode_bf16=False, every=20, minutes=1.0, val=1),
+           "debug": StudentConfig(steps=40, ratio=1, batch=2, micro=2, rollout=2, tail=5, optimizer="adamw", lr=3e-4, lr_critic=6e-4, warmup=5,
+                                  decay=0.0, ema=0.9, guidance=1.0, lambda_reg=1.0, anchor_from=0, films=1, encode_bf16=False, every=20, minutes=1.0,
+                                  val=1),
            "wan-1.3b": StudentConfig(steps=1600, ratio=5, batch=64, micro=1, rollout=5, optimizer="adamw", lr=2e-6, lr_critic=4e-7, warmup=20,
                                      decay=0.0, ema=0.99, guidance=4.0, lambda_reg=0.1, anchor_from=0, frames=81, offsets=2,
                                      references=3, encode_bf16=False, checkpointing=True, every=100, minutes=30.0)}
-CHOICES = {"teacher_sees": ("gt", "gen"), "student_sees": ("gt", "gen"), "identity": ("tre", "etr")}
+CHOICES = {"teacher_sees": ("gt", "gen"), "student_sees": ("gt", "gen"), "identity": tuple(IDENTITY)}
 FREE = ("steps", "lr", "lr_critic", "minutes", "every", "val", "micro", "checkpointing", "compile")          # may change in --resume
 
 # ------------------------------------------------------------------------------------------------------------- equations

@@ -62,6 +62,7 @@ from data import ClipFolder
 from dit import AudioDiT, DiTConfig, add_noise, load_wan_checkpoint, sample_teacher, velocity, x0_from_velocity
 from infer import pick
 from muon import Muon
+from tre import IDENTITY
 from vae import load_vae
 
 # ---------------------------------------------------------------------------------------------------------------- config
@@ -112,7 +113,7 @@ PRESETS = {"tiny": TeacherConfig(),
                                      ema=0.9999, shift=5.0, focus=0.0, lips=0.0, frames=81, offsets=2, references=3, encode_bf16=False,
                                      checkpointing=True, every=500, minutes=30.0)}
 NETWORKS = dit.PRESETS | {"debug": DiTConfig(dim=192, ffn_dim=384, heads=4, layers=3, audio_tokens=4, audio_hidden=64)}
-CHOICES = {"network": tuple(NETWORKS), "optimizer": ("muon", "adamw"), "identity": ("tre", "etr")}
+CHOICES = {"network": tuple(NETWORKS), "optimizer": ("muon", "adamw"), "identity": tuple(IDENTITY)}
 FREE = ("steps", "latents", "ema", "lips", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)    # noise levels of the validation loss
 
@@ -413,8 +414,9 @@ def main(argv=None):
         model, vae, pools, val = prepare(args, cfg, device, rank, world)
         print(f"{cfg}\nparameters: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M\nchunks of T frames: "
               f"{ {T: len(pool) for T, pool in pools.by_length.items()} }\nvalidation chunks: {len(val)}")
+        before = steps_of(args.init)                                            # now: after days of training the file may be gone
         state, losses = train(cfg, model, vae, pools, val, args.run, args.resume, device, rank, world)
-        export(args.out or args.weights, model.config, state.ema, cfg, steps_of(args.init))
+        export(args.out or args.weights, model.config, state.ema, cfg, before)
         print(f"steps: {cfg.steps}\nloss: {np.mean(losses[-50:] or [np.nan]):.4f}\nweights: {(args.out or args.weights) / 'teacher.safetensors'}")
     except (OSError, ValueError, KeyError, FloatingPointError, SafetensorError) as error:
         sys.exit(print(f"train_teacher.py: {error}", file=sys.stderr) or 2)
