@@ -45,7 +45,7 @@ class Chunk:
     start: int                      # its first frame
     length: int                     # T
     pictures: tuple                 # frame numbers of the R reference pictures; picture j < R - 1 is the first frame of chunk j
-    name = property(lambda self: f"{self.clip.name}@{self.start}")
+    name = property(lambda self: self.clip.name + "'" * self.clip.copy + f"@{self.start}")
 
     def array(self, what):
         return np.load(self.store / f"{what}.npy", mmap_mode="r")
@@ -103,7 +103,7 @@ def encode_clips(clips, vae, encoder, cache, cfg, device="cpu", rank=0, world=1)
             continue
         starts = chunk_starts(clip.length, T, cfg.frames - (4 * cfg.head - 3), cfg.offsets)
         pictures = (*starts[:cfg.references], clip.length - 1)
-        store = cache / hashlib.sha256(repr([*key, clip.store.name, clip.length]).encode()).hexdigest()[:24]
+        store = cache / hashlib.sha256(repr([*key, clip.store.name, clip.length, *[clip.copy] * (clip.copy > 0)]).encode()).hexdigest()[:24]
         chunks += [Chunk(clip, store, row, start, T, pictures) for row, start in enumerate(starts)]
         jobs += [(clip, store, starts, pictures, T)] if number % world == rank and not store.exists() else []
     if not chunks:

@@ -135,6 +135,27 @@ def decode(path, size, parser=None, faces=None):
 
 
 # ---------- a folder of files -> clips, decoded once ----------
+class Copy:
+    """Pictures uint8 (N, H, W, ...), of each the same square cut out, mirrored in every other copy, and brought back to its size; slice by slice.
+
+    What a face looks like is learnt from few faces by heart, with the place and the side they were filmed from; a copy is another face."""
+
+    def __init__(self, pictures, clip):
+        rng = np.random.default_rng([*clip.name.encode(), clip.copy])           # of every clip its own, always the same
+        side = rng.uniform(0.85, 1)                                             # of the picture's; chin and mouth stay inside
+        left, top = rng.uniform(0, 1 - side, 2)
+        height, width = pictures.shape[1:3]
+        self.pictures, self.mirrored = pictures, clip.copy % 2 == 1
+        self.size, self.box = (width, height), (left * width, top * height, (left + side) * width, (top + side) * height)
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, part):
+        looks = (Image.fromarray(np.array(p)).resize(self.size, Image.Resampling.LANCZOS, self.box) for p in self.pictures[part])
+        return np.stack([np.asarray(p)[:, ::-1 if self.mirrored else 1] for p in looks])
+
+
 @dataclass(frozen=True)
 class Clip:
     """A decoded clip of N frames. Its arrays are opened at every access: no open files, cheap to send."""
@@ -143,9 +164,14 @@ class Clip:
     path: Path                               # the video
     store: Path                              # the folder of its three arrays
     length: int                              # N
-    frames = property(lambda self: np.load(self.store / "frames.npy", mmap_mode="r"))  # uint8 (N, H, W, 3)
+    copy: int = 0                            # 0: as it was filmed; 1, 2, ...: otherwise, see Copy
+    frames = property(lambda self: self.pictures("frames"))                     # uint8 (N, H, W, 3)
+    mask = property(lambda self: self.pictures("mask"))                         # uint8 (N, H/4, W/4)
     audio = property(lambda self: np.load(self.store / "audio.npy", mmap_mode="r"))    # int16 (640 N,), (0,)
-    mask = property(lambda self: np.load(self.store / "mask.npy", mmap_mode="r"))      # uint8 (N, H/4, W/4)
+
+    def pictures(self, what):
+        array = np.load(self.store / f"{what}.npy", mmap_mode="r")
+        return Copy(array, self) if self.copy else array
 
 
 def cached(path, cache, size, parser=None, faces=None):

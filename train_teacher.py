@@ -349,6 +349,7 @@ def build_parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", nargs="+", help="folders of clips (see data.py)")
     p.add_argument("--share", nargs="+", type=float, help="how often each folder is drawn (default: equally)")
+    p.add_argument("--copies", nargs="+", type=int, help="of every training clip, per folder: mirrored, cut out anew, see data.Copy (default: 0)")
     p.add_argument("--cache", nargs="+", help="where data.py's decoded frames lie, one per folder (default: FOLDER/.cache-SIZE)")
     p.add_argument("--weights", type=Path, default=Path("weights/tiny"), help="folder of config.json, vae.safetensors, wav2vec2 (%(default)s)")
     p.add_argument("--out", type=Path, help="where teacher.safetensors goes (default: --weights)")
@@ -380,9 +381,10 @@ def prepare(args, cfg, device, rank, world):
         except RuntimeError as error:
             raise ValueError(f"--init {args.init} is another network: {' '.join(str(error).split())[:200]}") from None
     folders, val = [], []
-    for folder, cache in zip(args.data, args.cache or [None] * len(args.data), strict=True):
+    for folder, cache, copies in zip(args.data, args.cache or [None] * len(args.data), args.copies or [0] * len(args.data), strict=True):
         parts = ("all", "all") if cfg.chunks else ("train", "val")              # all: learnt by heart, and validated on the same
         clips, held_out = (ClipFolder(folder, config["size"], part, cache).clips[:cfg.chunks or None] for part in parts)
+        clips += [replace(clip, copy=number + 1) for number in range(copies) for clip in clips]
         held_out = held_out[::-(-len(held_out) * len(args.data) // cfg.val)]
         clips, held_out = (encode_clips(c, vae, encoder, args.run / "cache", cfg, device, rank, world) for c in (clips, held_out))
         folders.append(clips[:cfg.chunks or None])

@@ -8,6 +8,7 @@ import struct
 import sys
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -268,6 +269,20 @@ def test_pictures_are_clips_of_one_frame(folder):
 
 
 # --- Appendix F ---
+
+def test_a_copy_is_the_same_clip_seen_otherwise(folder):
+    """Picture and mask move alike, every other copy is mirrored, the sound stays, and what is asked for twice is the same."""
+    clip = data.ClipFolder(folder, 64, "all").clips[0]
+    one, two, other = replace(clip, copy=1), replace(clip, copy=2), replace(clip, name="another", copy=2)
+    assert np.array_equal(one.frames[2:9][1:3], one.frames[3:5]) and len(one.frames) == clip.length and np.array_equal(one.audio, clip.audio)
+    assert one.frames[:3].shape == clip.frames[:3].shape and one.mask[:3].shape == clip.mask[:3].shape
+    half = np.repeat(np.arange(64)[None, None] < 32, 64, 1).repeat(2, 0).astype(np.uint8) * 255  # left half white
+    for copy, left in (one, 0), (two, 255):
+        assert data.Copy(half, copy)[:][:, :, 0].min() == data.Copy(half, copy)[:][:, :, 0].max() == left
+        seen, mask = (np.float32(data.Copy(x, copy)[:][0]) for x in (half, half[:, ::4, ::4]))
+        assert np.abs(seen.reshape(16, 4, 16, 4).mean((1, 3)) - mask).mean() < 16              # an edge that does not fall on a quarter
+    assert not np.array_equal(two.frames[:1], other.frames[:1]) and not np.array_equal(two.frames[:1], clip.frames[:1])
+
 
 def test_visual_hash_knows_a_copy_and_nothing_else(tmp_path):
     """Eq. 19: a re-encoded, smaller copy has (almost) the same hash; other clips have not."""
