@@ -55,11 +55,12 @@ from chunks import (
     shorten,
     swap,
     trim_log,
+    wear_of,
     write_json,
     write_safetensors,
 )
 from data import ClipFolder
-from dit import AudioDiT, DiTConfig, add_noise, load_wan_checkpoint, sample_teacher, velocity, x0_from_velocity
+from dit import AudioDiT, DiTConfig, add_noise, load_wan_checkpoint, replace_head, sample_teacher, velocity, x0_from_velocity
 from infer import pick
 from muon import Muon
 from tre import IDENTITY
@@ -82,6 +83,7 @@ class TeacherConfig:
     identity: str = "tre"           # identity reference: tre (Eq. 3), etr (Eq. 29, the baseline of Tables 2 and 3)
     head: int = 3                   # m, continuity latents = 4 m - 3 frames (paper: lost)
     cold: float = 0.1               # share of rows that start cold, with the portrait as their first frame
+    worn: int = 0                   # rounds of the codec that kappa_gt may have behind it, 0 to this many; ours; 0 = the paper
     deaf: float = 0.1               # share of rows whose audio is zeroed: what guidance compares with
     focus: float = 3.0              # extra weight of face latents in Eq. 2: a cheap stand-in for Eq. 17, ours; 0 = the paper
     lips: float = 30.0              # extra weight of mouth latents: 5 in 100 latents, with all that the sound decides; ours; 0 = the paper
@@ -175,7 +177,7 @@ def teacher_loss(model, vae, batch, cfg, with_pixels):
     """Eq. 5: L_FM + lambda_temp L_temp + lambda_face L_face -> (B,), and its parts, (B,) each."""
     x0, eps, sigma = batch["latents"], batch["noise"], batch["sigma"]
     predicted = batch["predicted"][:, None, :, None, None]                      # (B, 1, F, 1, 1)
-    x = torch.where(predicted > 0, add_noise(x0, eps, sigma), x0)               # Eq. 1, then kappa_gt over the head
+    x = torch.where(predicted > 0, add_noise(x0, eps, sigma), replace_head(x0, batch["kappa"]))    # Eq. 1, then kappa_gt over the head
     v = model(x, 1000 * sigma, batch["identity"], batch["audio"])
     weight = 1 + cfg.focus * batch["mask"] + cfg.lips * mouth_in(batch["mask"])  # (B, F, h, w)
     parts = {"flow": flow_matching_loss(v, x0, eps, predicted * weight[:, None])}
@@ -389,7 +391,8 @@ def prepare(args, cfg, device, rank, world):
         clips, held_out = (encode_clips(c, vae, encoder, args.run / "cache", cfg, device, rank, world) for c in (clips, held_out))
         folders.append(clips[:cfg.chunks or None])
         val += [chunk for chunk in held_out if chunk.row == 0]
-    return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders)), val
+    wear = wear_of(vae, val[:8], cfg.head, device) if cfg.worn else None
+    return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders), wear), val
 
 
 def steps_of(path):

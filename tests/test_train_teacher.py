@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 import dit
 import infer
 import train_teacher as tt
-from chunks import Pools, chunk_starts, collate, encode_clips, load_row, log, save_picture, swap
+from chunks import Pools, chunk_starts, collate, encode_clips, load_row, log, save_picture, swap, wear_of, worn
 from data import Clip, write_mp4
 from vae import PRESETS as VAE
 from vae import WanVAE
@@ -205,6 +206,29 @@ def test_head_latents_are_clean_and_teach_nothing(pools, vae):
         noisy = (1 - sigma) * batch["latents"][i] + sigma * batch["noise"][i]
         assert torch.allclose(inputs[0][0][i][:, rest], noisy[:, rest], atol=1e-6)
     assert torch.equal(inputs[0][1], 1000 * batch["sigma"]) and (parts["face"] > 0).all() and (parts["temporal"] > 0).all()
+
+
+def test_a_worn_kappa_is_what_the_codec_would_make_of_it(chunks, vae, pools):
+    """Law: of a codec that is linear, k rounds are k rounds. What is worn is kappa only, never a portrait, and the truth stays the truth."""
+    channels = np.random.default_rng(0).uniform(-0.3, 0.3, (16, 16)).astype(np.float32) + np.eye(16, dtype=np.float32)
+    linear = Namespace(decode=lambda z: z / 1000, encode=lambda x: 1000 * torch.einsum("cd,bdfhw->bcfhw", torch.from_numpy(channels), x))
+    wear = wear_of(linear, chunks[:4], 3)
+    assert torch.allclose(wear, torch.from_numpy(channels), atol=1e-3)
+    z = torch.randn(16, 3, 4, 4)
+    twice = torch.einsum("cd,de,efhw->cfhw", wear, wear, z)
+    assert torch.allclose(worn(z, wear, 2, 0 * z), twice, atol=1e-4) and torch.equal(worn(z, wear, 0, z), z)
+    cfg, seen, inputs = replace(CFG, cold=0.3, worn=2), set(), []
+    pools.wear = wear_of(vae, chunks[:2], 3)
+    for row in range(24):
+        one, other = pools.draw(cfg, 1, row), pools.draw(replace(cfg, worn=0), 1, row)
+        moved = not torch.equal(one["kappa"], other["kappa"])
+        seen.add((bool(one["predicted"][1]), moved))
+        assert torch.equal(one["latents"], other["latents"]) and torch.equal(one["identity"], other["identity"])
+        batch = collate([one], "cpu")
+        tt.teacher_loss(lambda x, *rest: inputs.append(x) or x, vae, batch, cfg, False)
+        head = batch["predicted"][0] == 0
+        assert torch.equal(inputs[-1][0][:, head], one["kappa"][:, :int(head.sum())])
+    assert seen == {(True, False), (False, False), (False, True)}               # cold: never; else 0 rounds, or more
 
 
 def test_equation_2():
