@@ -134,8 +134,8 @@ def wear_of(vae, chunks, m, device="cpu"):
 
 
 def worn(kappa, wear, rounds, noise):
-    """kappa (C, m, h, w) as if it had been handed over `rounds` times, (C, m, h, w): less detail, and noise of 0.15 at each."""
-    return torch.einsum("cd,dmhw->cmhw", torch.linalg.matrix_power(wear, rounds), kappa) + 0.15 * rounds ** 0.5 * noise
+    """kappa (C, m, h, w) as if it had been handed over `rounds` times, (C, m, h, w): less detail, and noise of 0.3 at each."""
+    return torch.einsum("cd,dmhw->cmhw", torch.linalg.matrix_power(wear, rounds), kappa) + 0.3 * rounds ** 0.5 * noise
 
 
 # ----------------------------------------------------------------------------------------------------------------- batch
