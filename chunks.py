@@ -126,15 +126,17 @@ def encode_clips(clips, vae, encoder, cache, cfg, device="cpu", rank=0, world=1)
 def wear_of(vae, chunks, m, device="cpu"):
     """What one round of decoding and encoding does to m latents, as a matrix (C, C): least squares over the first latents of some chunks.
 
-    Its singular values are 1 to 0.8: fine detail goes first, and its power k is what k rounds do (four: 94 in 100 of the variance)."""
+    Of the shipped VAE's the singular values are 1 to 0.8: channels that hold fine detail go first. Its power k is what k rounds do (four: 94 in
+    100 of the variance)."""
     before = torch.cat([torch.from_numpy(np.array(chunk.array("latents")[chunk.row:chunk.row + 1, :, :m])).float() for chunk in chunks]).to(device)
-    after = torch.cat([vae.encode(vae.decode(z[None]).clamp(-1, 1)) for z in before])
-    before, after = (x.transpose(0, 1).flatten(1) for x in (before, after))     # (C, N)
-    return torch.linalg.lstsq(before.T, after.T).solution.T.cpu()
+    after = torch.cat([vae.encode(vae.decode(z[None])) for z in before])
+    before, after = (x.transpose(0, 1).flatten(1).cpu().double() for x in (before, after))         # (C, N)
+    return torch.linalg.lstsq(before.T, after.T).solution.T.float().contiguous()
 
 
 def worn(kappa, wear, rounds, noise):
-    """kappa (C, m, h, w) as if it had been handed over `rounds` times, (C, m, h, w): less detail, and noise of 0.3 at each."""
+    """kappa (C, m, h, w) as if it had been handed over `rounds` times, (C, m, h, w): less detail, and noise. The noise is no codec's: what is not
+    trusted is looked up in z_id, and 0.3 was found by trying (LOG.md)."""
     return torch.einsum("cd,dmhw->cmhw", torch.linalg.matrix_power(wear, rounds), kappa) + 0.3 * rounds ** 0.5 * noise
 
 
@@ -144,7 +146,7 @@ def worn(kappa, wear, rounds, noise):
 class Pools:
     """Chunks by length: a batch has one length. `shares`: how often each folder (a list of chunks) is drawn, whatever its size.
 
-    wear: what kappa loses in a round of the codec, see wear_of; needed if cfg.worn > 0."""
+    wear: what kappa loses in a round of the codec, see wear_of; needed if cfg.worn > 0, and then part of the checkpoint."""
 
     def __init__(self, folders, shares, wear=None):
         self.by_length, self.data, self.wear = {}, digest(folders, shares), wear
@@ -156,13 +158,13 @@ class Pools:
         self.weights = {T: np.array([w for _, w in pool]) / sum(w for _, w in pool) for T, pool in self.by_length.items()}
 
     def draw(self, cfg, step, row):
-        """Row `row` of step `step` -> dict of tensors without a batch axis. A function of (seed, step, row) alone."""
+        """Row `row` of step `step` -> dict of tensors without a batch axis. A function of (seed, step, row) and self.wear alone."""
         T = self.lengths[np.random.default_rng((cfg.seed, step)).choice(len(self.lengths), p=self.chance)]
         rng = np.random.default_rng((cfg.seed, step, row))
         chunk = self.by_length[T][rng.choice(len(self.weights[T]), p=self.weights[T])][0]
         cold, deaf = rng.random() < cfg.cold, rng.random() < cfg.deaf
         item = load_row(chunk, cfg, rng, cold, deaf, sigma=shift_sigma(rng.random(), cfg.shift))
-        if cfg.worn and not cold:                                               # a portrait has no round behind it
+        if cfg.worn and not cold:                                               # a portrait has no round behind it; the head's noise is free
             item["kappa"] = worn(item["kappa"], self.wear, int(rng.integers(cfg.worn + 1)), item["noise"][:, :cfg.head])
         return item
 
@@ -177,7 +179,8 @@ def load_row(chunk, cfg, rng, cold, deaf, sigma):
     """Eq. 24, encoded -> latents, identity, noise (C, F, h, w); kappa (C, m, h, w); audio (T, L, A); sigma (); predicted (F,), 0 at the head;
     mask (F, h, w).
 
-    cold: begins as a video does, kappa is one latent, the portrait's. deaf: without sound, the unconditional case of audio guidance."""
+    cold: begins as a video does, of kappa only the first latent counts, the portrait's. deaf: without sound, the unconditional case of
+    audio guidance."""
     row, pictures = chunk.row, chunk.pictures
     if cold:                                                                    # a chunk whose first frame is a reference picture
         row = picture = row % (len(pictures) - 1)
@@ -396,7 +399,7 @@ def save_picture(path, image):
 def load_checkpoint(path, tensors, cfg, free, **more):
     """Fills `tensors`, also by another number of processes -> steps done. ValueError if other options made it; those named in `free` may change."""
     with safe_open(path, "pt") as file:
-        old = json.loads(file.metadata()["config"])
+        old = asdict(type(cfg)()) | json.loads(file.metadata()["config"])       # an option that is newer than the file does nothing by default
         other = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(cfg).items() if k not in free and old.get(k) != v]
         other += [f"{k} {file.metadata().get(k)} -> {v}" for k, v in more.items() if file.metadata().get(k) != v]
         if other:

@@ -141,18 +141,19 @@ class Copy:
     What a face looks like is learnt from few faces by heart, with the place and the side they were filmed from; a copy is another face."""
 
     def __init__(self, pictures, clip):
-        rng = np.random.default_rng([*clip.name.encode(), clip.copy])           # of every clip its own, always the same
-        side = rng.uniform(0.85, 1)                                             # of the picture's; chin and mouth stay inside
+        rng = np.random.default_rng([*clip.name.encode(), clip.copy])           # of every name its own, always the same
+        side = rng.uniform(0.85, 1)                                             # of the picture's; the mouth stays inside
         left, top = rng.uniform(0, 1 - side, 2)
         height, width = pictures.shape[1:3]
         self.pictures, self.mirrored = pictures, clip.copy % 2 == 1
         self.size, self.box = (width, height), (left * width, top * height, (left + side) * width, (top + side) * height)
+        self.filter = Image.Resampling.LANCZOS if pictures.ndim == 4 else Image.Resampling.BILINEAR            # a mask must not ring
 
     def __len__(self):
         return len(self.pictures)
 
     def __getitem__(self, part):
-        looks = (Image.fromarray(np.array(p)).resize(self.size, Image.Resampling.LANCZOS, self.box) for p in self.pictures[part])
+        looks = (Image.fromarray(np.array(p)).resize(self.size, self.filter, self.box) for p in self.pictures[part])
         return np.stack([np.asarray(p)[:, ::-1 if self.mirrored else 1] for p in looks])
 
 

@@ -8,7 +8,8 @@
 
 The VAE and the audio encoder are frozen, so every chunk is encoded once, into a cache. A row of a batch is then
     z      latents of a true chunk                  z_id   TRE of another frame of the same clip (Eq. 3)
-    audio  its hidden states, or zeros (p = 0.1)    kappa  z[:, :, :m]: the VAE is causal, so this *is* E(last n frames of the chunk before)
+    audio  its hidden states, or zeros (p = 0.1)    kappa  z[:, :, :m]: the VAE is causal, so this *is* E(last n frames of the chunk before);
+                                                           or that as rounds of the codec would have left it (--worn)
 and the loss is Eq. 2 on what is not kappa, now and then with Eq. 16 and 17 on decoded frames of the predicted x0. The cold start (p = 0.1)
 is what infer.py does in chunk 0: the reference picture is the chunk's own first frame, and kappa is that one latent.
 
@@ -262,6 +263,7 @@ def train(cfg, model, vae, pools, val, run, resume=False, device="cpu", rank=0, 
     for block in model.blocks if cfg.compile else ():
         block.compile(dynamic=False)
     state = State(model, cfg)
+    state.tensors |= {"wear": pools.wear} if cfg.worn else {}
     checkpoint = run / "checkpoint.safetensors"
     start = load_checkpoint(checkpoint, state.tensors, cfg, FREE, data=pools.data) if resume and checkpoint.exists() else 0
     if rank == 0:
@@ -334,7 +336,7 @@ def train_step(state, vae, pools, cfg, step, autocast, run, device, rank, world)
 # ------------------------------------------------------------------------------------------------------------------ main
 
 
-def check(cfg, world):
+def check(cfg, args, world):
     """ValueError, in one line, for options that make no sense together."""
     if cfg.frames % 4 != 1 or cfg.frames <= 4 * cfg.head or 0 < cfg.latents <= cfg.head:
         raise ValueError(f"--frames {cfg.frames} (4k + 1) and --latents {cfg.latents} must leave latents to predict after --head {cfg.head}")
@@ -343,8 +345,13 @@ def check(cfg, world):
     at_least_one = ("warmup", "head", "pixel_every", "window", "context", "offsets", "references", "every", "val")
     if wrong := [f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in at_least_one if getattr(cfg, name) < 1]:
         raise ValueError(f"{', '.join(wrong)} must be at least 1")
-    if not 0 < cfg.decay <= 1:
-        raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most")
+    if not 0 < cfg.decay <= 1 or cfg.worn < 0:
+        raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most; --worn {cfg.worn} 0 or more")
+    for name in ("share", "cache", "copies"):
+        if (values := getattr(args, name)) and len(values) != len(args.data):
+            raise ValueError(f"--{name} has {len(values)} values for the {len(args.data)} folders of --data")
+    if min(args.copies or [0]) < 0 or any(args.copies or []) and cfg.chunks:
+        raise ValueError(f"--copies {args.copies} must be 0 or more; with --chunks, which learns a few by heart, 0")
 
 
 def build_parser():
@@ -391,7 +398,8 @@ def prepare(args, cfg, device, rank, world):
         clips, held_out = (encode_clips(c, vae, encoder, args.run / "cache", cfg, device, rank, world) for c in (clips, held_out))
         folders.append(clips[:cfg.chunks or None])
         val += [chunk for chunk in held_out if chunk.row == 0]
-    wear = wear_of(vae, val[:8], cfg.head, device) if cfg.worn else None
+    some = sum(folders, [])
+    wear = wear_of(vae, some[::-(-len(some) // 8)], cfg.head, device) if cfg.worn else None
     return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders), wear), val
 
 
@@ -413,7 +421,7 @@ def main(argv=None):
             return report.plot_teacher(args.run, BINS)
         if not args.data:
             raise ValueError("--data is needed: a folder of clips")
-        check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        check(cfg, args, int(os.environ.get("WORLD_SIZE", 1)))
         device, _ = pick(args.device, "auto")
         rank, world = join(device)
         model, vae, pools, val = prepare(args, cfg, device, rank, world)

@@ -147,6 +147,8 @@ def test_the_cache_is_made_once_and_again_for_other_weights(clips, vae, cache, c
     encode_clips(clips, other, Ear(), cache, CFG)
     encode_clips(clips, vae, Ear(), cache, replace(CFG, frames=29))
     assert len(calls) == 15
+    encode_clips([*clips, replace(clips[0], copy=1), replace(clips[0], copy=2)], vae, Ear(), cache, CFG)          # a copy is another clip
+    assert [call[0].copy for call in calls[15:]] == [1, 2]
 
 
 def test_chunks_tile_a_clip_several_times():
@@ -217,18 +219,19 @@ def test_a_worn_kappa_is_what_the_codec_would_make_of_it(chunks, vae, pools):
     z = torch.randn(16, 3, 4, 4)
     twice = torch.einsum("cd,de,efhw->cfhw", wear, wear, z)
     assert torch.allclose(worn(z, wear, 2, 0 * z), twice, atol=1e-4) and torch.equal(worn(z, wear, 0, z), z)
+    assert torch.allclose(worn(0 * z, wear, 3, z), 0.3 * 3 ** 0.5 * z)          # noise adds up as it does: by its variance
     cfg, seen, inputs = replace(CFG, cold=0.3, worn=2), set(), []
     pools.wear = wear_of(vae, chunks[:2], 3)
     for row in range(24):
         one, other = pools.draw(cfg, 1, row), pools.draw(replace(cfg, worn=0), 1, row)
-        moved = not torch.equal(one["kappa"], other["kappa"])
-        seen.add((bool(one["predicted"][1]), moved))
+        rounds = [k for k in range(4) if torch.equal(one["kappa"], worn(other["kappa"], pools.wear, k, one["noise"][:, :3]))]
+        seen.add((bool(one["predicted"][1]), *rounds))
         assert torch.equal(one["latents"], other["latents"]) and torch.equal(one["identity"], other["identity"])
         batch = collate([one], "cpu")
         tt.teacher_loss(lambda x, *rest: inputs.append(x) or x, vae, batch, cfg, False)
         head = batch["predicted"][0] == 0
         assert torch.equal(inputs[-1][0][:, head], one["kappa"][:, :int(head.sum())])
-    assert seen == {(True, False), (False, False), (False, True)}               # cold: never; else 0 rounds, or more
+    assert seen == {(True, 0), (False, 0), (False, 1), (False, 2)}              # cold: never; else 0 to 2 rounds
 
 
 def test_equation_2():
@@ -301,8 +304,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(pools, vae, chunks, 
 
 
 def test_a_killed_run_goes_on_bit_for_bit(pools, vae, chunks, tmp_path, monkeypatch):
-    """Law: killed at any step and resumed, a run has the same losses, weights, averages and optimiser as one that was left alone."""
-    whole, losses = run(tmp_path / "a", vae, pools, chunks)
+    """Law: killed at any step and resumed, a run has the same losses, weights, averages, optimiser and wear as one that was left alone."""
+    pools.wear = torch.eye(16) + 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    whole, losses = run(tmp_path / "a", vae, pools, chunks, worn=2)
     step_of, save = tt.train_step, tt.save_checkpoint
 
     def killed(state, vae, pools, cfg, step, *rest):
@@ -314,18 +318,19 @@ def test_a_killed_run_goes_on_bit_for_bit(pools, vae, chunks, tmp_path, monkeypa
     monkeypatch.setattr(tt, "strip", lambda *a: None)
     monkeypatch.setattr(tt, "save_checkpoint", lambda path, tensors, step, cfg, **more: step <= 3 and save(path, tensors, step, cfg, **more))
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", vae, pools, chunks, minutes=0.0)                    # last saved before step 3, killed in step 4
+        run(tmp_path / "b", vae, pools, chunks, minutes=0.0, worn=2)                    # last saved before step 3, killed in step 4
     monkeypatch.setattr(tt, "train_step", step_of)
     monkeypatch.setattr(tt, "save_checkpoint", save)
-    resumed, rest = run(tmp_path / "b", vae, pools, chunks, resume=True, model=network(seed=9))
+    pools.wear = torch.eye(16)                                                  # measured anew, from other chunks perhaps: the checkpoint's counts
+    resumed, rest = run(tmp_path / "b", vae, pools, chunks, resume=True, model=network(seed=9), worn=2)
     assert len(rest) == 3 and rest == losses[3:]
     assert all(torch.equal(whole.tensors[k], resumed.tensors[k]) for k in whole.tensors)
     steps = [json.loads(line)["step"] for line in (tmp_path / "b/log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert steps == list(range(7))                                              # no step is logged twice
     with pytest.raises(ValueError, match="lr 0.001 -> 0.1"):
-        run(tmp_path / "b", vae, pools, chunks, resume=True, lr=0.1)
+        run(tmp_path / "b", vae, pools, chunks, resume=True, worn=2, lr=0.1)
     with pytest.raises(ValueError, match="made with other options: data "):    # bit for bit means: on the same clips, as often
-        run(tmp_path / "b", vae, Pools([chunks[1:]], [1.0]), chunks, resume=True)
+        run(tmp_path / "b", vae, Pools([chunks[1:]], [1.0], torch.eye(16)), chunks, resume=True, worn=2)
 
 
 def test_nan_stops_the_run_and_names_the_clips(clips, vae, pools, chunks, tmp_path, monkeypatch):
@@ -414,7 +419,8 @@ def test_bad_input_is_one_line(folder, capsys):
     clips, other = ["--data", str(folder / "clips")], folder / "other.safetensors"
     save_file({"audio_proj.norm.weight": torch.zeros(3)}, other)
     for bad in (["--data", str(folder / "nowhere")], [], [*clips, "--micro", "3"], [*clips, "--warmup", "0"], [*clips, "--decay", "0"],
-                [*clips, "--every", "0"], [*clips, "--context", "0"], [*clips, "--init", str(other)]):
+                [*clips, "--every", "0"], [*clips, "--context", "0"], [*clips, "--init", str(other)], [*clips, "--worn", "-1"],
+                [*clips, "--copies", "1"], [*clips, "--copies", "-1"], [*clips, "--copies", "0", "0"], [*clips, "--share", "1", "1"]):
         with pytest.raises(SystemExit) as stop:
             tt.main([*bad, "--weights", str(folder / "weights"), "--run-dir", str(folder / "bad"), "--preset", "debug", "--device", "cpu"])
         text = capsys.readouterr().err.strip().splitlines()
@@ -432,7 +438,7 @@ def test_two_processes_have_the_losses_of_one(folder):
         port = free.getsockname()[1]
     options = ["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--out", str(folder / "out"), "--preset", "debug",
                "--device", "cpu", "--steps", "2", "--chunks", "0", "--cold", "0.3", "--no-bf16", "--batch", "4", "--micro", "2",
-               "--temporal", "0.1", "--pixel-every", "2"]
+               "--temporal", "0.1", "--pixel-every", "2", "--copies", "1", "--worn", "2"]
     tt.main([*options, "--run-dir", str(folder / "run1")])
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train_teacher.py"), *options, "--run-dir", str(folder / "run2")]
