@@ -67,27 +67,28 @@ from tre import IDENTITY, continuity_reference
 
 @dataclass(frozen=True)
 class StudentConfig:
-    steps: int = 400                # critic updates; the student has one for every `ratio` of them (paper: 1,600, of which is not said)
+    steps: int = 200                # critic updates; the student has one for every `ratio` of them (paper: 1,600, of which is not said)
     ratio: int = 2                  # critic updates for one of the student (paper: not given; Self-Forcing and FlashHead: 5)
     batch: int = 4                  # films in the making, over all processes; a step makes one chunk of each (paper: 4)
     micro: int = 4                  # chunks a network call of one process; gradients add up over the calls of a step
     rollout: int = 12               # K, chunks until a film starts again (paper: not given; FlashHead: 5)
     denoise: int = 4                # S, the student's steps from noise to a chunk (paper: 4)
+    follow: int = 0                 # of them, how many after the first start from the noised truth, in training only; ours; 0 = the paper
     optimizer: str = "muon"         # "muon" (muon.py), whose steps on matrices are ten times lr, or "adamw", as the paper
-    lr: float = 1.5e-4              # learning rate of the student; full size: 2e-6, as Self-Forcing (paper: not given)
+    lr: float = 1e-4                # learning rate of the student; full size: 2e-6, as Self-Forcing (paper: not given)
     lr_critic: float = 3e-4         # and of the critic; full size: 4e-7
     warmup: int = 10                # steps until they are reached
     decay: float = 0.5              # share of the steps, at the end, in which both fall to zero
     ema: float = 0.95               # memory of the student's averaged weights, which are the ones shipped
     shift: float = 5.0              # of the noise levels at which critic and teacher are asked; > 1 asks more in noise
-    guidance: float = 2.0           # audio guidance of the teacher's score, 1 = none; Self-Forcing counts one less and has 3
+    guidance: float = 1.5           # audio guidance of the teacher's score, 1 = none (paper: not given; Self-Forcing counts one less and has 3)
     teacher_sees: str = "gt"        # continuity reference of the teacher: gt, gen
     student_sees: str = "gen"       # continuity reference of student and critic: gt, gen
     identity: str = "tre"           # identity reference, the teacher's: tre (Eq. 3), etr (Eq. 29)
     distill: bool = True            # --no-distill: no step is made, the student is the teacher
-    lambda_reg: float = 0.3         # weight of the anchor in Eq. 8 (paper: lost)
+    lambda_reg: float = 3.0         # weight of the anchor in Eq. 8 (paper: lost)
     delta: float = 1.0              # of the anchor's Huber loss, in normalised latents: squares below, distances above (paper: lost)
-    anchor_from: int = 2            # first of the student's steps that is anchored; the early ones can only guess a blur
+    anchor_from: int = 1            # first of the student's steps that is anchored; the earlier can only guess a blur; ours; 0 = the paper
     head: int = 3                   # m, continuity latents = 4 m - 3 frames (paper: lost)
     tail: int = 0                   # latents decoded for those frames; 0 = all, as infer.py; 10 of 21 move kappa by 1 in 3,000, 5 of 9 by 1 in 6
     frames: int = 33                # of a chunk; full size: 81
@@ -98,18 +99,18 @@ class StudentConfig:
     bf16: bool = True               # bfloat16 autocast, and a bfloat16 decoder, as in infer.py
     checkpointing: bool = False     # recompute the blocks in the backward pass: less memory, a third slower
     compile: bool = False           # torch.compile, block by block
-    every: int = 200                # steps from one validation, with its strip of samples, to the next
+    every: int = 40                 # steps from one validation, with its strip of samples, to the next
     minutes: float = 10.0           # from one checkpoint to the next
     val: int = 4                    # validation films; those too short for --rollout chunks are left out if others are not
     seed: int = 0                   # of everything random
 
 
-PRESETS = {"tiny": StudentConfig(),
-           "debug": StudentConfig(steps=40, ratio=1, batch=2, micro=2, rollout=2, tail=5, optimizer="adamw", lr=3e-4, lr_critic=6e-4, warmup=5,
-                                  decay=0.0, ema=0.9, guidance=1.0, lambda_reg=1.0, anchor_from=0, films=1, encode_bf16=False, every=20, minutes=1.0,
-                                  val=1),
-           "wan-1.3b": StudentConfig(steps=1600, ratio=5, batch=64, micro=1, rollout=5, optimizer="adamw", lr=2e-6, lr_critic=4e-7, warmup=20,
-                                     decay=0.0, ema=0.99, guidance=4.0, lambda_reg=0.1, anchor_from=0, frames=81, offsets=2,
+PRESETS = {"tiny": StudentConfig(follow=2),
+           "debug": StudentConfig(steps=40, ratio=1, batch=2, micro=2, rollout=2, tail=5, optimizer="adamw", lr=3e-4, lr_critic=6e-4,
+                                  warmup=5, decay=0.0, ema=0.9, guidance=1.0, lambda_reg=1.0, anchor_from=0, films=1, encode_bf16=False, every=20,
+                                  minutes=1.0, val=1),
+           "wan-1.3b": StudentConfig(steps=1600, ratio=5, batch=64, micro=1, rollout=5, optimizer="adamw", lr=2e-6, lr_critic=4e-7,
+                                     warmup=20, decay=0.0, ema=0.99, guidance=4.0, lambda_reg=0.1, anchor_from=0, frames=81, offsets=2,
                                      references=3, encode_bf16=False, checkpointing=True, every=100, minutes=30.0)}
 CHOICES = {"teacher_sees": ("gt", "gen"), "student_sees": ("gt", "gen"), "identity": tuple(IDENTITY)}
 FREE = ("steps", "lr", "lr_critic", "minutes", "every", "val", "micro", "checkpointing", "compile")          # may change in --resume
@@ -145,16 +146,19 @@ def ask(model, x, sigma, batch, who, audio=None):
 
 
 @torch.no_grad()
-def rollout(student, batch, sigmas):
+def rollout(student, batch, sigmas, follow=0):
     """Section 3.4: the student's steps as in dit.sample_student, but every row has its own kappa and its own fresh noise.
 
+    follow: so many steps after the first are given the noised truth instead of the last answer (training only). That leaves the head where
+    the true film has it, so that anchor and teacher ask for a face at its place. The price: in use the student meets its own answers only.
     -> what it was given and what it answered at every step, (B, S, C, F, h, w) each; the last answer is the chunk."""
     x, given, answers = batch["noise"][:, 0], [], []
     for step, sigma in enumerate(sigmas):
         v = ask(student, x, torch.full((len(x),), sigma, device=x.device), batch, "student")
         x0 = torch.where(batch["predicted"] > 0, x0_from_velocity(x, v, sigma), batch["student"])
         given, answers = [*given, x], [*answers, x0]
-        x = add_noise(x0, batch["noise"][:, step + 1], sigmas[step + 1]) if step + 1 < len(sigmas) else None
+        basis = batch["latents"] if step < follow else x0
+        x = add_noise(basis, batch["noise"][:, step + 1], sigmas[step + 1]) if step + 1 < len(sigmas) else None
     return torch.stack(given, 1), torch.stack(answers, 1)
 
 
@@ -315,7 +319,7 @@ def train_step(state, teacher, vae, cfg, step, autocast, run, rank):
     for rows in streams.calls:
         batch = streams.batch(rows, step)
         with autocast:                                                          # a block each: autocast keeps its casts of the weights to the
-            given, answers = rollout(student, batch, sigmas)                    # end of a block, and those made here lead no gradient
+            given, answers = rollout(student, batch, sigmas, cfg.follow)        # end of a block, and those made here lead no gradient
         pick = torch.arange(len(rows), device=answers.device), batch["exit"]    # every row leaves at its own random step
         batch |= {"given": given[pick], "exit_sigma": torch.tensor(sigmas, device=answers.device)[batch["exit"]]}
         new = {}
@@ -329,7 +333,7 @@ def train_step(state, teacher, vae, cfg, step, autocast, run, rank):
         for k, v in new.items():
             parts[k] = parts.get(k, 0) + v.detach().mean() / len(streams.calls)
         if cfg.student_sees == "gen":
-            kappas.append((rows, self_generated(vae, answers[:, -1], cfg)))     # the film goes on with the last answer, as in use
+            kappas.append((rows, self_generated(vae, answers[:, -1], cfg)))     # the film goes on with the last answer
     if kappas:                                                                  # its size, about 1: a film that runs away is seen here first
         parts["kappa"] = torch.cat([kappa for _, kappa in kappas]).square().mean().sqrt()
     norms = [torch.nn.utils.clip_grad_norm_(state.nets[k].parameters(), 10.0) for k in who]        # 10: as Self-Forcing
@@ -356,6 +360,8 @@ def check(cfg, world):
     counts = (cfg.batch, cfg.micro, cfg.ratio, cfg.rollout - 1, cfg.denoise, cfg.warmup, cfg.every, cfg.val)
     if min(counts) < 1 or cfg.batch % (cfg.micro * world):
         raise ValueError(f"batch {cfg.batch} must be a multiple of micro {cfg.micro} x {world} processes, rollout at least 2, all counts at least 1")
+    if cfg.distill and not 0 <= cfg.follow < max(1, cfg.denoise - 1):
+        raise ValueError(f"follow {cfg.follow} must be under denoise - 1, {cfg.denoise - 1}, or 0: the last step gets the student's own answer")
     if 0 < cfg.tail <= cfg.head:
         raise ValueError(f"tail {cfg.tail} must be 0 or more than head {cfg.head}: the first latent decoded gives one frame only")
 
@@ -377,7 +383,7 @@ def build_parser():
     for field in fields(StudentConfig):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
         kind |= {"choices": CHOICES[field.name]} if field.name in CHOICES else {}
-        p.add_argument(f"--{field.name.replace('_', '-')}", **kind, help=f"{meaning[field.name]} [{field.default}]")
+        p.add_argument(f"--{field.name.replace('_', '-')}", **kind, help=f"{meaning[field.name]} [{getattr(PRESETS['tiny'], field.name)}]")
     return p
 
 

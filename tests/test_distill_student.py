@@ -19,7 +19,7 @@ import distill_student as ds
 import infer
 from chunks import Streams, chunks_left, draw, encode_clips, pixels
 from data import write_mp4
-from dit import predict, sample_student, student_sigmas
+from dit import add_noise, predict, sample_student, student_sigmas
 from tre import encode_then_repeat
 from vae import PRESETS as VAE
 from vae import WanVAE
@@ -216,7 +216,7 @@ def test_bfloat16_does_not_lose_the_gradient(starts, vae, tmp_path):
 
 
 def test_the_rollout_is_inferences(starts):
-    """Law: the student is trained on what infer.py makes: the same steps, the same clean head, fresh noise in between."""
+    """Law: a roll-out is what infer.py makes (without --follow): the same steps, the same clean head, fresh noise in between."""
     (state, _), sigmas = make(starts), student_sigmas(4)
     state.streams.kappa.normal_()
     state.streams.place[:, 1] = 1
@@ -234,6 +234,31 @@ def test_the_rollout_is_inferences(starts):
         x = torch.where(batch["predicted"] > 0, given[:, 2], batch["student"])
         x0 = given[:, 2] - sigmas[2] * predict(model, x, sigmas[2], batch["identity"], batch["audio"])
     assert torch.allclose(x0[:, :, 3:], answers[:, 2, :, 3:], atol=1e-5)
+
+
+def test_a_film_can_follow_the_truth(starts):
+    """Law: --follow J hands the truth with noise to the J steps after the first, and to no later one: they are told where the head is."""
+    (state, _), sigmas = make(starts), student_sigmas(4)
+    state.streams.place[:2, 1] = torch.tensor([0, 1])                           # a first chunk, of which one latent is given, and a later one
+    batch = state.streams.batch(range(2), 3)
+    free, kept = (ds.rollout(state.nets["student"], batch, sigmas, follow) for follow in (0, 2))
+    for step, sigma in enumerate(sigmas):
+        told = add_noise(batch["latents"], batch["noise"][:, step], sigma)
+        assert torch.equal(kept[0][:, step], told) == (step in (0, 1, 2)) and torch.equal(free[0][:, step], told) == (step == 0)
+    other = ds.rollout(state.nets["student"], batch | {"latents": batch["latents"] + 1}, sigmas)
+    assert torch.equal(free[1], other[1])                                       # in use there is no truth, and without the option none is read
+    ds.check(replace(CFG, follow=2), 1)
+    for steps, follow in ((4, 3), (2, 1), (1, 1)):
+        with pytest.raises(ValueError, match=f"follow {follow} must be under denoise - 1, {steps - 1}"):
+            ds.check(replace(CFG, follow=follow, denoise=steps), 1)
+
+
+def test_only_training_follows(starts, vae, tmp_path, monkeypatch):
+    """Law: the truth is whispered while films are made to learn from; what is validated is made as in use."""
+    asked, rollout = [], ds.rollout
+    monkeypatch.setattr(ds, "rollout", lambda student, batch, sigmas, follow=0: (asked.append(follow), rollout(student, batch, sigmas, follow))[1])
+    run(tmp_path, vae, starts, steps=1, follow=2, rollout=2)
+    assert asked == [0, 0, 2, 0, 0]                                             # a film of two chunks before and after the one step
 
 
 def test_the_continuity_reference_is_inferences(vae, clips):
@@ -480,7 +505,7 @@ def test_two_processes_have_the_losses_of_one(folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     more = ["--out", str(folder / "out2"), "--steps", "4", "--films", "0", "--no-bf16", "--batch", "4", "--micro", "1", "--ratio", "2",
-            "--guidance", "3"]
+            "--guidance", "3", "--follow", "2"]
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     command = [sys.executable, str(ROOT / "distill_student.py")]
     jobs = [subprocess.Popen([*command, *options(folder, *more, run="run2")], env=environment | {"RANK": rank, "LOCAL_RANK": rank},
