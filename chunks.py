@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as nnf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -77,6 +78,13 @@ def pixels(frames):
     return torch.from_numpy(np.array(frames)).permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 
+def one_per_folder(args, *names):
+    """ValueError if an option of these names is given and has not a value for each folder of --data."""
+    for name in names:
+        if (values := getattr(args, name)) and len(values) != len(args.data):
+            raise ValueError(f"--{name} has {len(values)} values for the {len(args.data)} folders of --data")
+
+
 @torch.no_grad()
 def encode_clip(clip, starts, pictures, T, vae, encoder, device, bf16):
     """-> dict of float16 arrays: what infer.py would compute for these chunks and pictures, rounded."""
@@ -126,8 +134,8 @@ def encode_clips(clips, vae, encoder, cache, cfg, device="cpu", rank=0, world=1)
 def wear_of(vae, chunks, m, device="cpu"):
     """What one round of decoding and encoding does to m latents, as a matrix (C, C): least squares over the first latents of some chunks.
 
-    Of the shipped VAE's the singular values are 1 to 0.8: channels that hold fine detail go first. Its power k is what k rounds do (four: 94 in
-    100 of the variance)."""
+    Of the shipped VAE's the singular values are 1 to 0.8: channels that hold fine detail go first. Its power k stands for k rounds, roughly: of
+    what one changes it explains a fifth, the rest is not linear (LOG.md)."""
     before = torch.cat([torch.from_numpy(np.array(chunk.array("latents")[chunk.row:chunk.row + 1, :, :m])).float() for chunk in chunks]).to(device)
     after = torch.cat([vae.encode(vae.decode(z[None])) for z in before])
     before, after = (x.transpose(0, 1).flatten(1).cpu().double() for x in (before, after))         # (C, N)
@@ -135,9 +143,12 @@ def wear_of(vae, chunks, m, device="cpu"):
 
 
 def worn(kappa, wear, rounds, noise):
-    """kappa (C, m, h, w) as if it had been handed over `rounds` times, (C, m, h, w): less detail, and noise. The noise is no codec's: what is not
-    trusted is looked up in z_id, and 0.3 was found by trying (LOG.md)."""
-    return torch.einsum("cd,dmhw->cmhw", torch.linalg.matrix_power(wear, rounds), kappa) + 0.3 * rounds ** 0.5 * noise
+    """kappa (C, m, h, w) as if it had been handed over `rounds` times, (C, m, h, w): less detail, and noise, white and in blotches of a quarter of
+    the picture, as colours run. The noise is no codec's: what is not trusted is looked up in z_id; its sizes were tried (LOG.md)."""
+    corner = noise[None, :, 0, :4, :4]                                          # of the head's noise, which nothing else needs; one for all m, or
+    blotches = nnf.interpolate(corner, size=kappa.shape[2:], mode="bilinear")[0, :, None]       # they would average out; (C, 1, h, w)
+    less = torch.einsum("cd,dmhw->cmhw", torch.linalg.matrix_power(wear, rounds), kappa)
+    return less + rounds ** 0.5 * (0.3 * noise + 0.15 * blotches)
 
 
 # ----------------------------------------------------------------------------------------------------------------- batch
@@ -197,7 +208,7 @@ def load_row(chunk, cfg, rng, cold, deaf, sigma):
             "audio": audio * 0 if deaf else audio, "sigma": torch.tensor(sigma, dtype=torch.float32),
             "noise": torch.from_numpy(rng.standard_normal(latents.shape, np.float32)),
             "predicted": (torch.arange(F) >= (1 if cold else cfg.head)).float(),
-            "mask": torch.nn.functional.adaptive_avg_pool3d(mask, (F, h, w))[0],
+            "mask": nnf.adaptive_avg_pool3d(mask, (F, h, w))[0],
             "window": torch.tensor(int(rng.integers(cfg.head, max(cfg.head, F - cfg.window) + 1))), "chunk": chunk}
 
 

@@ -50,6 +50,7 @@ from chunks import (
     load_checkpoint,
     log,
     mean,
+    one_per_folder,
     pixels,
     save_checkpoint,
     save_picture,
@@ -67,13 +68,14 @@ from tre import IDENTITY, continuity_reference
 
 @dataclass(frozen=True)
 class StudentConfig:
-    steps: int = 200                # critic updates; the student has one for every `ratio` of them (paper: 1,600, of which is not said)
+    steps: int = 160                # critic updates; the student has one for every `ratio` of them (paper: 1,600, of which is not said)
     ratio: int = 2                  # critic updates for one of the student (paper: not given; Self-Forcing and FlashHead: 5)
     batch: int = 4                  # films in the making, over all processes; a step makes one chunk of each (paper: 4)
     micro: int = 4                  # chunks a network call of one process; gradients add up over the calls of a step
     rollout: int = 12               # K, chunks until a film starts again (paper: not given; FlashHead: 5)
     denoise: int = 4                # S, the student's steps from noise to a chunk (paper: 4)
     follow: int = 0                 # of them, how many after the first start from the noised truth, in training only; ours; 0 = the paper
+    sample_shift: float = 5.0       # of the student's noise levels: 5, Wan's, is 1, 0.94, 0.83, 0.63; 2 is 1, 0.86, 0.67, 0.4 (paper: not given)
     optimizer: str = "muon"         # "muon" (muon.py), whose steps on matrices are ten times lr, or "adamw", as the paper
     lr: float = 1e-4                # learning rate of the student; full size: 2e-6, as Self-Forcing (paper: not given)
     lr_critic: float = 3e-4         # and of the critic; full size: 4e-7
@@ -81,12 +83,12 @@ class StudentConfig:
     decay: float = 0.5              # share of the steps, at the end, in which both fall to zero
     ema: float = 0.95               # memory of the student's averaged weights, which are the ones shipped
     shift: float = 5.0              # of the noise levels at which critic and teacher are asked; > 1 asks more in noise
-    guidance: float = 1.5           # audio guidance of the teacher's score, 1 = none (paper: not given; Self-Forcing counts one less and has 3)
+    guidance: float = 2.0           # audio guidance of the teacher's score, 1 = none (paper: not given; Self-Forcing counts one less and has 3)
     teacher_sees: str = "gt"        # continuity reference of the teacher: gt, gen
     student_sees: str = "gen"       # continuity reference of student and critic: gt, gen
     identity: str = "tre"           # identity reference, the teacher's: tre (Eq. 3), etr (Eq. 29)
     distill: bool = True            # --no-distill: no step is made, the student is the teacher
-    lambda_reg: float = 3.0         # weight of the anchor in Eq. 8 (paper: lost)
+    lambda_reg: float = 10.0        # weight of the anchor in Eq. 8 (paper: lost)
     delta: float = 1.0              # of the anchor's Huber loss, in normalised latents: squares below, distances above (paper: lost)
     anchor_from: int = 1            # first of the student's steps that is anchored; the earlier can only guess a blur; ours; 0 = the paper
     head: int = 3                   # m, continuity latents = 4 m - 3 frames (paper: lost)
@@ -105,7 +107,7 @@ class StudentConfig:
     seed: int = 0                   # of everything random
 
 
-PRESETS = {"tiny": StudentConfig(follow=2),
+PRESETS = {"tiny": StudentConfig(follow=2, sample_shift=2.0),
            "debug": StudentConfig(steps=40, ratio=1, batch=2, micro=2, rollout=2, tail=5, optimizer="adamw", lr=3e-4, lr_critic=6e-4,
                                   warmup=5, decay=0.0, ema=0.9, guidance=1.0, lambda_reg=1.0, anchor_from=0, films=1, encode_bf16=False, every=20,
                                   minutes=1.0, val=1),
@@ -236,7 +238,7 @@ def validate(student, vae, films, cfg, autocast, device, path):
         pool.place[:, 1] = age
         batch = pool.batch(range(len(films)), age)
         with autocast:
-            z = rollout(student, batch, student_sigmas(cfg.denoise))[1][:, -1]
+            z = rollout(student, batch, student_sigmas(cfg.denoise, cfg.sample_shift))[1][:, -1]
         video = vae.decode(z)                                                   # (B, 3, T, H, W)
         pool.kappa.copy_(continuity_reference(vae, video, n))
         begin = age * (cfg.frames - n)
@@ -312,7 +314,7 @@ def train(cfg, state, teacher, vae, val, run, resume=False, device="cpu", rank=0
 def train_step(state, teacher, vae, cfg, step, autocast, run, rank):
     """Every film grows by a chunk; the critic learns it and, at its turn, the student from it. -> numbers for the log"""
     (student, critic), streams = state.nets.values(), state.streams
-    who, sigmas = ["student", "critic"] if students_turn(step, cfg) else ["critic"], student_sigmas(cfg.denoise)
+    who, sigmas = ["student", "critic"] if students_turn(step, cfg) else ["critic"], student_sigmas(cfg.denoise, cfg.sample_shift)
     parts, kappas = {}, []
     for opt in state.opt.values():
         opt.zero_grad(set_to_none=True)
@@ -355,11 +357,10 @@ def train_step(state, teacher, vae, cfg, step, autocast, run, rank):
 def check(cfg, world):
     """ValueError, in one line, for options that make no sense together."""
     if cfg.teacher_sees == "gen" and cfg.student_sees == "gt":
-        raise ValueError("--teacher-sees gen --student-sees gt is no row of Table 4: a student that is handed true frames goes on from none of its "
-                         "own; the teacher's target would drift as in symmetric-gen, for a student that never meets drift, as in symmetric-gt")
-    counts = (cfg.batch, cfg.micro, cfg.ratio, cfg.rollout - 1, cfg.denoise, cfg.warmup, cfg.every, cfg.val)
-    if min(counts) < 1 or cfg.batch % (cfg.micro * world):
-        raise ValueError(f"batch {cfg.batch} must be a multiple of micro {cfg.micro} x {world} processes, rollout at least 2, all counts at least 1")
+        raise ValueError("--teacher-sees gen --student-sees gt is no row of Table 4: a student of true frames never meets the drift it is taught")
+    counts = (cfg.batch, cfg.micro, cfg.ratio, cfg.rollout - 1, cfg.denoise, cfg.warmup, cfg.every, cfg.val, cfg.sample_shift)
+    if not 1 <= min(counts) <= max(counts) < np.inf or cfg.batch % (cfg.micro * world):
+        raise ValueError(f"batch {cfg.batch}: a multiple of micro {cfg.micro} x {world} processes, rollout at least 2, counts and sample_shift 1")
     if cfg.distill and not 0 <= cfg.follow < max(1, cfg.denoise - 1):
         raise ValueError(f"follow {cfg.follow} must be under denoise - 1, {cfg.denoise - 1}, or 0: the last step gets the student's own answer")
     if 0 < cfg.tail <= cfg.head:
@@ -421,13 +422,13 @@ def prepare(args, cfg, device, rank, world):
 def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)                   # kill is Ctrl-C
     args = build_parser().parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in fields(StudentConfig) if getattr(args, f.name) is not None}
-    cfg = replace(PRESETS[args.preset], **given)
+    cfg = replace(PRESETS[args.preset], **{f.name: value for f in fields(StudentConfig) if (value := getattr(args, f.name)) is not None})
     try:
         if args.plot:
             return report.plot_student(args.run)
         if not args.data:
             raise ValueError("--data is needed: a folder of clips")
+        one_per_folder(args, "share", "cache")
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         device, _ = infer.pick(args.device, "auto")
         rank, world = join(device)

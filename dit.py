@@ -285,7 +285,7 @@ class AudioDiT(nn.Module):
 
 
 def student_sigmas(steps=4, shift=5.0):
-    """The student's steps, pure noise first: 1, 0.9375, 0.8333, 0.625, so t = 1000, 937.5, 833.33, 625."""
+    """The student's steps, pure noise first. Wan's shift of 5: 1, 0.9375, 0.8333, 0.625, so t = 1000, 937.5, 833.33, 625."""
     return [shift_sigma(1 - i / steps, shift) for i in range(steps)]
 
 

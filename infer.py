@@ -54,6 +54,7 @@ class Models:
     trained: bool                                                               # False: first weights, the face will not talk yet
     frames: int = CHUNK                                                         # T, frames a chunk: as many as it was trained on
     identity: str = "tre"                                                       # identity reference that it was trained with
+    shift: float = 5.0                                                          # of the student's noise levels, as its weights say
 
 
 def pick(device, dtype):
@@ -89,10 +90,11 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
             tensors = {k: file.get_tensor(k).float() for k in file.keys()}
             about = file.metadata() or {}
             trained, identity = about.get("trained") != "no", about.get("identity", "tre")
+            shift = float(json.loads(about.get("config", "{}")).get("sample_shift", 5.0))
         dit.load_state_dict(tensors, assign=True)
         heard, size, frames = str(config["audio"]), int(config["size"]), int(config.get("frames", CHUNK))
-        if size < 16 or size % 16 or frames % 4 != 1 or frames < 5 or vae.config.z_dim != dit.config.channels:
-            raise ValueError(f"size {size} (a multiple of 16), frames {frames} (4k + 1) or the number of latent channels")
+        if size < 16 or size % 16 or frames % 4 != 1 or frames < 5 or not 1 <= shift < np.inf or vae.config.z_dim != dit.config.channels:
+            raise ValueError(f"size {size} (a multiple of 16), frames {frames} (4k + 1), shift {shift} (1 or more) or the number of latent channels")
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the weights in {folder} do not fit together: {type(error).__name__}: {reason}") from None
@@ -103,7 +105,7 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
     dit = dit.to(device).eval().requires_grad_(False).cast_matrices(dtype)
     vae.decoder.to(dtype)                                                       # a bfloat16 decoder is safe; a bfloat16 *encoder* would
     vae.conv2.to(dtype)                                                         # add its rounding to every chunk's kappa, and drift
-    return Models(vae, dit, audio, network, size, trained, frames, identity)
+    return Models(vae, dit, audio, network, size, trained, frames, identity, shift)
 
 
 def load_image(path, size):
@@ -198,7 +200,7 @@ def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handove
             if models.network == "teacher":
                 z = sample_teacher(models.dit, noise, z_id, heard, kappa, steps, guidance=guidance)
             else:
-                z = sample_student(models.dit, noise, z_id, heard, kappa, student_sigmas(steps), generator)
+                z = sample_student(models.dit, noise, z_id, heard, kappa, student_sigmas(steps, models.shift), generator)
         if not torch.isfinite(z).all():
             raise ValueError("the generator made NaN: broken weights, or a --dtype that is too narrow")
         made, tail = start, None                                                # frames decoded so far; the last n of them

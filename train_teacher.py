@@ -49,6 +49,7 @@ from chunks import (
     load_row,
     log,
     mean,
+    one_per_folder,
     pixels,
     save_checkpoint,
     save_picture,
@@ -347,9 +348,7 @@ def check(cfg, args, world):
         raise ValueError(f"{', '.join(wrong)} must be at least 1")
     if not 0 < cfg.decay <= 1 or cfg.worn < 0:
         raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most; --worn {cfg.worn} 0 or more")
-    for name in ("share", "cache", "copies"):
-        if (values := getattr(args, name)) and len(values) != len(args.data):
-            raise ValueError(f"--{name} has {len(values)} values for the {len(args.data)} folders of --data")
+    one_per_folder(args, "share", "cache", "copies")
     if min(args.copies or [0]) < 0 or any(args.copies or []) and cfg.chunks:
         raise ValueError(f"--copies {args.copies} must be 0 or more; with --chunks, which learns a few by heart, 0")
 

@@ -254,11 +254,13 @@ def test_a_film_can_follow_the_truth(starts):
 
 
 def test_only_training_follows(starts, vae, tmp_path, monkeypatch):
-    """Law: the truth is whispered while films are made to learn from; what is validated is made as in use."""
+    """Law: the truth is whispered while films are made to learn from; what is validated is made as in use. Both at --sample-shift's noise levels."""
     asked, rollout = [], ds.rollout
-    monkeypatch.setattr(ds, "rollout", lambda student, batch, sigmas, follow=0: (asked.append(follow), rollout(student, batch, sigmas, follow))[1])
-    run(tmp_path, vae, starts, steps=1, follow=2, rollout=2)
-    assert asked == [0, 0, 2, 0, 0]                                             # a film of two chunks before and after the one step
+    monkeypatch.setattr(ds, "rollout", lambda student, batch, sigmas, follow=0: (asked.append((follow, sigmas)),
+                                                                                 rollout(student, batch, sigmas, follow))[1])
+    run(tmp_path, vae, starts, steps=1, follow=2, rollout=2, sample_shift=2.0)
+    assert [follow for follow, _ in asked] == [0, 0, 2, 0, 0]                   # a film of two chunks before and after the one step
+    assert all(sigmas == pytest.approx([1, 6 / 7, 2 / 3, 0.4]) for _, sigmas in asked)
 
 
 def test_the_continuity_reference_is_inferences(vae, clips):
@@ -470,12 +472,16 @@ def test_debug_preset_learns_a_film_by_heart(folder, capsys):
 
 
 def test_no_distill_is_the_teacher(folder):
-    """Law: the baseline without AKD is the teacher's own weights, measured in the student's steps."""
-    ds.main(options(folder, "--no-distill", "--out", str(folder / "none"), run="none_run"))
+    """Law: the baseline without AKD is the teacher's own weights, measured in the student's steps; and infer.py takes those very steps."""
+    ds.main(options(folder, "--no-distill", "--sample-shift", "2", "--out", str(folder / "none"), run="none_run"))
     with safe_open(folder / "none/student.safetensors", "pt") as one, safe_open(folder / "weights/teacher.safetensors", "pt") as two:
         assert all(torch.equal(one.get_tensor(k), two.get_tensor(k).half()) for k in two.keys())
     log = (folder / "none_run/log.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(log) == 1 and "error" in json.loads(log[0])["val"]
+    models, seen = infer.load(folder / "none", "student", "cpu", "float32"), []
+    models.dit.register_forward_pre_hook(lambda module, given: seen.append(given[1].item()))
+    next(infer.generate(models, torch.zeros(1, 3, 32, 32), np.zeros(33 * 640, np.float32)))
+    assert seen == pytest.approx([1000, 6000 / 7, 2000 / 3, 400])
 
 
 def test_bad_input_is_one_line(folder, capsys):
@@ -488,7 +494,8 @@ def test_bad_input_is_one_line(folder, capsys):
                       (["--weights", str(folder / "long"), "--frames", "81"], "long enough"),
                       (["--teacher-sees", "gen", "--student-sees", "gt"], "Table 4"),
                       (["--identity", "etr"], "trained with tre"),                # a student cannot learn from scores of another reference
-                      (["--tail", "3"], "tail")):
+                      (["--tail", "3"], "tail"), (["--sample-shift", "0"], "sample_shift"),
+                      (["--share", "1", "1"], "folders of --data"), (["--cache", "a", "b"], "folders of --data")):
         with pytest.raises(SystemExit) as stop:
             ds.main(options(folder, *bad, run="bad"))
         text = capsys.readouterr().err.strip().splitlines()

@@ -219,7 +219,12 @@ def test_a_worn_kappa_is_what_the_codec_would_make_of_it(chunks, vae, pools):
     z = torch.randn(16, 3, 4, 4)
     twice = torch.einsum("cd,de,efhw->cfhw", wear, wear, z)
     assert torch.allclose(worn(z, wear, 2, 0 * z), twice, atol=1e-4) and torch.equal(worn(z, wear, 0, z), z)
-    assert torch.allclose(worn(0 * z, wear, 3, z), 0.3 * 3 ** 0.5 * z)          # noise adds up as it does: by its variance
+    noise = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    once, thrice = (worn(0 * noise, wear, rounds, noise) for rounds in (1, 3))
+    assert torch.allclose(thrice, 3 ** 0.5 * once)                              # noise adds up as it does: by its variance
+    blotches = once - 0.3 * noise
+    assert torch.allclose(blotches, blotches[:, :1], atol=1e-6)                 # they stay for all m latents, and are what white noise has least of:
+    assert torch.nn.functional.avg_pool2d(blotches[:, 0], 8).std() > 2 * torch.nn.functional.avg_pool2d(0.3 * noise[:, 0], 8).std()
     cfg, seen, inputs = replace(CFG, cold=0.3, worn=2), set(), []
     pools.wear = wear_of(vae, chunks[:2], 3)
     for row in range(24):
