@@ -360,7 +360,7 @@ def check(cfg, world):
         raise ValueError("--teacher-sees gen --student-sees gt is no row of Table 4: a student of true frames never meets the drift it is taught")
     counts = (cfg.batch, cfg.micro, cfg.ratio, cfg.rollout - 1, cfg.denoise, cfg.warmup, cfg.every, cfg.val, cfg.sample_shift)
     if not 1 <= min(counts) <= max(counts) < np.inf or cfg.batch % (cfg.micro * world):
-        raise ValueError(f"batch {cfg.batch}: a multiple of micro {cfg.micro} x {world} processes, rollout at least 2, counts and sample_shift 1")
+        raise ValueError(f"batch {cfg.batch} must be a multiple of micro {cfg.micro} x {world} processes; rollout >= 2, sample_shift and counts >= 1")
     if cfg.distill and not 0 <= cfg.follow < max(1, cfg.denoise - 1):
         raise ValueError(f"follow {cfg.follow} must be under denoise - 1, {cfg.denoise - 1}, or 0: the last step gets the student's own answer")
     if 0 < cfg.tail <= cfg.head:
