@@ -1,7 +1,7 @@
 """Clips -> encoded chunks -> rows of a batch: what both training stages read. Paper sections 3.3 and 3.4, Eq. 3, 24 and 29.
 
 The VAE and the audio encoder are frozen, so every chunk is encoded once, into a folder of memory-mapped float16 arrays:
-    latents.npy   (K, C, F, h, w)   z = E(V) of the K chunks of a clip
+    latents.npy   (K, C, F, h, w)   z = E(V) of the K chunks of a clip; neither this nor identity.npy if the clip is "fresh", see LinearCodec
     audio.npy     (K, T, L, A)      their hidden states; the window of each ends with its chunk, as in infer.py
     identity.npy  (R, C, F, h, w)   TRE (Eq. 3) of R reference pictures: the first frames of its first R - 1 chunks, and its last frame
 Frames and face masks stay where data.py has put them. A clip shorter than a chunk gives one chunk of its own length, 4k+1 frames.
@@ -11,23 +11,15 @@ Stage 1 draws single chunks (Pools), stage 2 follows films in the making from ch
 Shapes: B batch, T pixel frames, F = 1 + (T-1)/4 latent frames, C channels, H W pixels, h w latent grid, L A audio layers and width.
 """
 import hashlib
-import json
-import os
-import sys
 import tempfile
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as nnf
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from data import Clip
@@ -46,7 +38,8 @@ class Chunk:
     start: int                      # its first frame
     length: int                     # T
     pictures: tuple                 # frame numbers of the R reference pictures; picture j < R - 1 is the first frame of chunk j
-    name = property(lambda self: self.clip.name + "'" * self.clip.copy + f"@{self.start}")
+    fresh: bool = False             # only its sound is stored: it is encoded at every draw, by LinearCodec
+    name = property(lambda self: f"{self.clip.name}{'*' * (self.clip.copy > 0)}@{self.start}")
 
     def array(self, what):
         return np.load(self.store / f"{what}.npy", mmap_mode="r")
@@ -86,18 +79,18 @@ def one_per_folder(args, *names):
 
 
 @torch.no_grad()
-def encode_clip(clip, starts, pictures, T, vae, encoder, device, bf16):
-    """-> dict of float16 arrays: what infer.py would compute for these chunks and pictures, rounded."""
+def encode_clip(clip, starts, pictures, T, vae, encoder, device, bf16, fresh=False):
+    """-> dict of float16 arrays: what infer.py would compute for these chunks and pictures, rounded. fresh: the sound only."""
     sound = np.array(clip.audio) / np.float32(32768)
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-        latents = [vae.encode(pixels(clip.frames[s:s + T]).to(device)) for s in starts]
-        identity = [temporal_reference_encoding(vae, pixels(clip.frames[p:p + 1])[:, :, 0].to(device), T) for p in pictures]
+        latents = [vae.encode(pixels(clip.frames[s:s + T]).to(device)) for s in starts if not fresh]
+        identity = [temporal_reference_encoding(vae, pixels(clip.frames[p:p + 1])[:, :, 0].to(device), T) for p in pictures if not fresh]
     audio = [encoder.features(sound, s, T)[None] for s in starts]               # the window ends with the chunk
-    parts = {"latents": latents, "identity": identity, "audio": audio}
+    parts = {"audio": audio} | ({} if fresh else {"latents": latents, "identity": identity})
     return {name: torch.cat(rows).half().cpu().numpy() for name, rows in parts.items()}
 
 
-def encode_clips(clips, vae, encoder, cache, cfg, device="cpu", rank=0, world=1):
+def encode_clips(clips, vae, encoder, cache, cfg, device="cpu", rank=0, world=1, fresh=False):
     """Clips -> list of Chunk; encodes those that the cache folder does not hold yet. Kill it and run it again: it goes on.
 
     The key is the video file, the weights of both encoders and the grid. Frames and masks stay where data.py has put them."""
@@ -111,13 +104,13 @@ def encode_clips(clips, vae, encoder, cache, cfg, device="cpu", rank=0, world=1)
             continue
         starts = chunk_starts(clip.length, T, cfg.frames - (4 * cfg.head - 3), cfg.offsets)
         pictures = (*starts[:cfg.references], clip.length - 1)
-        store = cache / hashlib.sha256(repr([*key, clip.store.name, clip.length, *[clip.copy] * (clip.copy > 0)]).encode()).hexdigest()[:24]
-        chunks += [Chunk(clip, store, row, start, T, pictures) for row, start in enumerate(starts)]
+        store = cache / hashlib.sha256(repr([*key, clip.store.name, clip.length, *["sound"] * bool(fresh)]).encode()).hexdigest()[:24]
+        chunks += [Chunk(clip, store, row, start, T, pictures, fresh) for row, start in enumerate(starts)]
         jobs += [(clip, store, starts, pictures, T)] if number % world == rank and not store.exists() else []
     if not chunks:
         raise ValueError(f"none of {len(clips)} clips has sound and more than {4 * cfg.head} frames")
     for clip, store, starts, pictures, T in tqdm(jobs, "encoding", unit="clip", disable=None if rank == 0 else True):
-        arrays = encode_clip(clip, starts, pictures, T, vae, encoder, device, cfg.encode_bf16)
+        arrays = encode_clip(clip, starts, pictures, T, vae, encoder, device, cfg.encode_bf16, fresh)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as part:   # written aside, then renamed
             new = Path(part) / store.name
             new.mkdir()
@@ -131,12 +124,16 @@ def encode_clips(clips, vae, encoder, cache, cfg, device="cpu", rank=0, world=1)
 
 
 @torch.no_grad()
-def wear_of(vae, chunks, m, device="cpu"):
+def wear_of(vae, chunks, m, device="cpu", codec=None):
     """What one round of decoding and encoding does to m latents, as a matrix (C, C): least squares over the first latents of some chunks.
 
     Of the shipped VAE's the singular values are 1 to 0.8: channels that hold fine detail go first. Its power k stands for k rounds, roughly: of
     what one changes it explains a fifth, the rest is not linear (LOG.md)."""
-    before = torch.cat([torch.from_numpy(np.array(chunk.array("latents")[chunk.row:chunk.row + 1, :, :m])).float() for chunk in chunks]).to(device)
+    def latents_of(chunk):
+        if chunk.fresh:
+            return codec.encode(pixels(chunk.clip.frames[chunk.start:chunk.start + 4 * m - 3]))
+        return torch.from_numpy(np.array(chunk.array("latents")[chunk.row, :, :m])).float()
+    before = torch.stack([latents_of(chunk) for chunk in chunks]).to(device)    # (n, C, m, h, w)
     after = torch.cat([vae.encode(vae.decode(z[None])) for z in before])
     before, after = (x.transpose(0, 1).flatten(1).cpu().double() for x in (before, after))         # (C, N)
     return torch.linalg.lstsq(before.T, after.T).solution.T.float().contiguous()
@@ -144,12 +141,49 @@ def wear_of(vae, chunks, m, device="cpu"):
 
 def worn(kappa, wear, rounds, noise):
     """kappa (C, m, h, w) as if it had been handed over `rounds` times, (C, m, h, w): less detail, and noise, white and in blotches of a quarter of
-    the picture, as colours run. The noise is no codec's: what is not trusted is looked up in z_id. 0.3 was found by trying; 0.15 is about what
-    4 x 4 means are off by after 15 s (LOG.md)."""
+    the picture (of the window, if it is one), as colours run. The noise is no codec's: what is not trusted is looked up in z_id. 0.3 was found by
+    trying; 0.15 is about what 4 x 4 means are off by after 15 s (LOG.md)."""
     corner = noise[None, :, 0, :4, :4]                                          # of the head's noise, which nothing else needs; one for all m, or
     blotches = nnf.interpolate(corner, size=kappa.shape[2:], mode="bilinear")[0, :, None]       # they would average out; (C, 1, h, w)
     less = torch.einsum("cd,dmhw->cmhw", torch.linalg.matrix_power(wear, rounds), kappa)
     return less + rounds ** 0.5 * (0.3 * noise + 0.15 * blotches)
+
+
+def blocks(video):
+    """(B, 3, T, H, W) -> (B, F, h, w, 3 * 4 * 8 * 8): the pixels one latent stands for; the first frame counts four times."""
+    v = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)        # (B, 3, 4F, H, W)
+    v = v.unflatten(4, (-1, 8)).unflatten(3, (-1, 8)).unflatten(2, (-1, 4))     # (B, 3, F, 4, h, 8, w, 8)
+    return v.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+
+
+class LinearCodec:
+    """The encoder as two matrices: of a picture's blocks, 4 x 8 x 8 pixels each, and of those that follow. Least squares over some clips.
+
+    The small VAE's encoder was trained towards principal components, so this is nearly all of it: 1 part in 100 of a latent's variance is
+    missing, 6 of the motion of a puppet's mouth (LOG.md). 4 ms for 33 frames instead of 330: a clip can be cut out anew at every draw."""
+
+    @torch.no_grad()
+    def __init__(self, vae, videos, device="cpu"):
+        """videos: list of (1, 3, T, H, W); device: the VAE's."""
+        self.matrices = []
+        pairs = [(blocks(v), vae.encode(v.to(device)).cpu().movedim(1, -1)) for v in videos]
+        for part in (slice(0, 1), slice(1, None)):                              # the first latent is special: see vae.py
+            square, product = torch.eye(769).double(), torch.zeros(769, pairs[0][1].shape[-1]).double()
+            for x, y in ((x[:, part].flatten(0, 3).double(), y[:, part].flatten(0, 3).double()) for x, y in pairs):
+                x = torch.cat([x, torch.ones(len(x), 1)], 1)                    # (n, 769)
+                square, product = square + x.T @ x, product + x.T @ y
+            self.matrices.append(torch.linalg.solve(square, product).float())   # (769, C)
+
+    def encode(self, video):
+        """(1, 3, T, H, W) -> (C, F, h, w)"""
+        x = blocks(video)[0]                                                    # (F, h, w, 768)
+        (first, rest) = ((part @ matrix[:-1] + matrix[-1]) for part, matrix in zip((x[:1], x[1:]), self.matrices))
+        return torch.cat([first, rest]).movedim(-1, 0)
+
+    def still(self, picture, F):
+        """z_id, Eq. 3: (1, 3, 1, H, W) -> (C, F, h, w). Its first latent, and one for all others: without a memory they are equal."""
+        two = self.encode(picture.expand(-1, -1, 5, -1, -1))                    # (C, 2, h, w)
+        return torch.cat([two[:, :1], two[:, 1:].expand(-1, F - 1, -1, -1)], 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------- batch
@@ -158,10 +192,12 @@ def worn(kappa, wear, rounds, noise):
 class Pools:
     """Chunks by length: a batch has one length. `shares`: how often each folder (a list of chunks) is drawn, whatever its size.
 
-    wear: what kappa loses in a round of the codec, see wear_of; needed if cfg.worn > 0, and then part of the checkpoint."""
+    wear: what kappa loses in a round of the codec, see wear_of; needed if cfg.worn > 0, and then part of the checkpoint. codec: LinearCodec, if a
+    chunk is fresh, and then part of it as well."""
 
-    def __init__(self, folders, shares, wear=None):
-        self.by_length, self.data, self.wear = {}, digest(folders, shares), wear
+    def __init__(self, folders, shares, wear=None, codec=None):
+        self.by_length, self.data, self.wear, self.codec = {}, digest(folders, shares), wear, codec
+        self.size = sum(folders, [])[0].clip.mask.shape[1] // 2                 # latents of a side; a mask is (N, H/4, W/4)
         for chunks, share in zip(folders, shares, strict=True):
             for chunk in chunks:
                 self.by_length.setdefault(chunk.length, []).append((chunk, share / len(chunks)))
@@ -169,47 +205,82 @@ class Pools:
         self.lengths, self.chance = list(self.by_length), total / total.sum()
         self.weights = {T: np.array([w for _, w in pool]) / sum(w for _, w in pool) for T, pool in self.by_length.items()}
 
-    def draw(self, cfg, step, row):
-        """Row `row` of step `step` -> dict of tensors without a batch axis. A function of (seed, step, row) and self.wear alone."""
+    def draw(self, cfg, step, row, side=0):
+        """Row `row` of step `step` -> dict of tensors without a batch axis. side: load_row's. A function of (seed, step, row), wear, codec."""
         T = self.lengths[np.random.default_rng((cfg.seed, step)).choice(len(self.lengths), p=self.chance)]
         rng = np.random.default_rng((cfg.seed, step, row))
         chunk = self.by_length[T][rng.choice(len(self.weights[T]), p=self.weights[T])][0]
         cold, deaf = rng.random() < cfg.cold, rng.random() < cfg.deaf
-        item = load_row(chunk, cfg, rng, cold, deaf, sigma=shift_sigma(rng.random(), cfg.shift))
+        item = load_row(chunk, cfg, rng, cold, deaf, shift_sigma(rng.random(), cfg.shift), self.codec, side)
         if cfg.worn and not cold:                                               # a portrait has no round behind it; the head's noise is free
             item["kappa"] = worn(item["kappa"], self.wear, int(rng.integers(cfg.worn + 1)), item["noise"][:, :cfg.head])
         return item
 
 
-def identity_of(chunk, picture, cfg):
-    """Identity reference of a chunk's picture -> float32 (C, F, h, w): Eq. 3, or Eq. 29, where z_etr repeats E(I), which is z_id's first latent."""
-    identity = torch.from_numpy(chunk.array("identity")[picture].astype(np.float32))
+def identity_of(identity, cfg):
+    """z_id (C, F, h, w) as Eq. 3 has it, or as Eq. 29 does: z_etr repeats E(I), which is z_id's first latent."""
     return identity[:, :1].expand_as(identity) if cfg.identity == "etr" else identity
 
 
-def load_row(chunk, cfg, rng, cold, deaf, sigma):
+def part_of(mask, top, bottom, left, right):
+    """Face mask (F, h, w) in 0..1 -> (F, h, w) bool: the part of a face that lies between these shares of its height and width."""
+    def inside(axis, low, high):                                                # axis: the one that is looked along
+        there, place = (mask > 0.5).any(axis), torch.arange(mask.shape[3 - axis]) + 0.5
+        first = place.where(there, torch.inf).amin(1, keepdim=True) - 0.5       # (F, 1); no face: inf, and nothing is inside
+        last = place.where(there, -torch.inf).amax(1, keepdim=True) + 0.5
+        share = (place - first) / (last - first)                                # (F, h or w)
+        return (share > low) & (share < high)
+    return inside(2, top, bottom)[:, :, None] & inside(1, left, right)[:, None, :]
+
+
+MOUTH, EYES = (0.62, 0.95, 0.25, 0.75), (0.2, 0.5, 0.1, 0.9)                    # of a face: top, bottom, left, right
+
+
+def place_window(mouth, side, rng):
+    """Where a window of side x side latents lies -> (y, x), even, as a token has 2 x 2. Three of four hold the middle of the mouth (F, h, w)."""
+    free = np.array(mouth.shape[1:]) - side
+    y, x = rng.integers(free // 2 + 1) * 2
+    if rng.random() < 0.75 and mouth.any():
+        middle = mouth.nonzero()[:, 1:].double().mean(0).numpy() + 0.5
+        y, x = np.clip((middle - side / 2 + rng.uniform(-3, 3, 2) * side / 8) / 2, 0, free // 2).round().astype(int) * 2
+    return int(y), int(x)
+
+
+def load_row(chunk, cfg, rng, cold, deaf, sigma, codec=None, side=0):
     """Eq. 24, encoded -> latents, identity, noise (C, F, h, w); kappa (C, m, h, w); audio (T, L, A); sigma (); predicted (F,), 0 at the head;
-    mask (F, h, w).
+    weight (F, h, w) in Eq. 2.
 
     cold: begins as a video does, of kappa only the first latent counts, the portrait's. deaf: without sound, the unconditional case of
-    audio guidance."""
-    row, pictures = chunk.row, chunk.pictures
+    audio guidance. codec: encodes what is fresh, cut out anew (data.Copy). side: a window of so many latents, 0: the whole picture.
+    Rotary positions are relative, so the network takes a window for a small picture, and learns the same from it."""
+    row, pictures, T = chunk.row, chunk.pictures, chunk.length
     if cold:                                                                    # a chunk whose first frame is a reference picture
         row = picture = row % (len(pictures) - 1)
         chunk = replace(chunk, row=row, start=pictures[row])
     else:                                                                       # a picture outside the chunk, unless there is none
         outside = [j for j, f in enumerate(pictures) if not chunk.start <= f < chunk.start + chunk.length]
         picture = int(rng.choice(outside or len(pictures)))
-    latents = torch.from_numpy(chunk.array("latents")[row].astype(np.float32))
+    if chunk.fresh:
+        chunk = replace(chunk, clip=replace(chunk.clip, copy=int(rng.integers(1, 2 ** 31))))
+    F, part = (T + 3) // 4, slice(chunk.start, chunk.start + T)
+    mask = torch.from_numpy(np.array(chunk.clip.mask[part]))[None].float() / 255
+    h, w = (n // 2 for n in mask.shape[2:])
+    mask = nnf.adaptive_avg_pool3d(torch.cat([mask[:, :1].expand(-1, 3, -1, -1), mask], 1), (F, h, w))[0]     # latent 0 holds one frame, others four
+    mouth, eyes = part_of(mask, *MOUTH), part_of(mask, *EYES)
+    (y, x), side = (place_window(mouth, side, rng), side) if side else ((0, 0), h)
+    window = (slice(y, y + side), slice(x, x + side))
+    if chunk.fresh:
+        cut = lambda part: pixels(chunk.clip.frames.cut(part, y / h, x / w, side / h))
+        latents, identity = codec.encode(cut(part)), codec.still(cut(slice(pictures[picture], pictures[picture] + 1)), F)
+    else:
+        latents, identity = (torch.from_numpy(chunk.array(what)[at].astype(np.float32))[:, :, *window]
+                             for what, at in (("latents", row), ("identity", picture)))
     audio = torch.from_numpy(chunk.array("audio")[row].astype(np.float32))
-    F, h, w = latents.shape[1:]
-    mask = torch.from_numpy(np.array(chunk.clip.mask[chunk.start:chunk.start + chunk.length]))[None].float() / 255
-    mask = torch.cat([mask[:, :1].expand(-1, 3, -1, -1), mask], 1)              # latent 0 holds one frame, the others four
-    return {"latents": latents, "identity": identity_of(chunk, picture, cfg), "kappa": latents[:, :cfg.head],
+    weight = 1 + cfg.focus * mask + cfg.lips * mouth + cfg.eyes * eyes
+    return {"latents": latents, "identity": identity_of(identity, cfg), "kappa": latents[:, :cfg.head],
             "audio": audio * 0 if deaf else audio, "sigma": torch.tensor(sigma, dtype=torch.float32),
             "noise": torch.from_numpy(rng.standard_normal(latents.shape, np.float32)),
-            "predicted": (torch.arange(F) >= (1 if cold else cfg.head)).float(),
-            "mask": nnf.adaptive_avg_pool3d(mask, (F, h, w))[0],
+            "predicted": (torch.arange(F) >= (1 if cold else cfg.head)).float(), "weight": weight[:, *window],
             "window": torch.tensor(int(rng.integers(cfg.head, max(cfg.head, F - cfg.window) + 1))), "chunk": chunk}
 
 
@@ -224,7 +295,7 @@ def shorten(batch, F):
     A network call on 9 latents instead of 21 costs a quarter: attention grows with the square."""
     F = min(F, batch["latents"].shape[2]) or batch["latents"].shape[2]
     video = {k: batch[k][:, :, :F] for k in ("latents", "identity", "noise")}   # (B, C, F, h, w)
-    return batch | video | {"audio": batch["audio"][:, :4 * F - 3], "predicted": batch["predicted"][:, :F], "mask": batch["mask"][:, :F]}
+    return batch | video | {"audio": batch["audio"][:, :4 * F - 3], "predicted": batch["predicted"][:, :F], "weight": batch["weight"][:, :F]}
 
 
 # ----------------------------------------------------------------------------------------------------------------- films
@@ -240,8 +311,9 @@ def load_chunk(start, age, cfg):
 
     The portrait is the film's first frame, that is reference picture number `start.row`; consecutive chunks lie in consecutive rows."""
     latents, audio = (torch.from_numpy(np.array(start.array(what)[start.row + age])) for what in ("latents", "audio"))
+    identity = torch.from_numpy(np.array(start.array("identity")[start.row]))
     predicted = torch.arange(latents.shape[1]) >= (cfg.head if age else 1)
-    return {"latents": latents, "identity": identity_of(start, start.row, cfg), "audio": audio,
+    return {"latents": latents, "identity": identity_of(identity, cfg), "audio": audio,
             "predicted": predicted.view(1, -1, 1, 1), "cold": torch.full((1, 1, 1, 1), age == 0)}
 
 
@@ -308,125 +380,3 @@ class Streams:
             others[[row for rows in self.calls for row in rows]] = False
             self.kappa[others.to(self.kappa.device)] = 0
             dist.all_reduce(self.kappa)
-
-
-# --------------------------------------------------------------------------------------------------- files and processes
-
-
-def write_aside(path, save):
-    """`save(part)` writes beside `path`, then `part` takes its name: whoever kills us, the old file or the new one is there.
-
-    Full disk, read-only folder: OSError in one line, the old file stays."""
-    part = Path(f"{path}.part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        save(part)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path} was not written: {error}") from None
-
-
-@contextmanager
-def forgiven():
-    """A full disk costs the file, not the run: OSError becomes a warning."""
-    try:
-        yield
-    except OSError as error:
-        print(f"warning: {error}", file=sys.stderr)
-
-
-def write_safetensors(path, tensors, metadata):
-    if tensors:                                                                 # {}: not the first process, see gather
-        write_aside(path, lambda part: save_file(tensors, part, metadata))
-
-
-def write_json(path, data):
-    write_aside(path, lambda part: part.write_text(json.dumps(data, indent=1), encoding="utf-8"))
-
-
-def join(device):
-    """Under torchrun, one of its processes -> its rank, their number; else 0, 1."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return dist.get_rank(), dist.get_world_size()
-
-
-def gather(tensors, dtype=None):
-    """Tensors, or FSDP's shards of them -> whole ones on the CPU of the first process; the others have a part in it and get {}."""
-    first, whole = not dist.is_initialized() or dist.get_rank() == 0, {}
-    for name, tensor in tensors.items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        whole |= {name: tensor.to("cpu", dtype).contiguous()} if first else {}
-    return whole
-
-
-def mean(numbers):
-    """Scalar tensors -> list of floats, means over the processes."""
-    numbers = torch.stack(list(numbers))
-    if dist.is_initialized():
-        dist.all_reduce(numbers)
-        numbers /= dist.get_world_size()
-    return numbers.tolist()
-
-
-def trim_log(path, start):
-    """The log of a resumed run goes on at `start`: lines that will be written again are dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and start else []
-    kept = "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < start)
-    write_aside(path, lambda part: part.write_text(kept, encoding="utf-8"))
-
-
-def log(path, record):
-    with forgiven(), open(path, "a", encoding="utf-8") as file:                 # opened anew every time: nothing is lost, whoever kills us
-        print(json.dumps(record), file=file)
-
-
-@torch.no_grad()
-def swap(model, average):
-    """The averaged weights go into the network and its own into `average`; once more, and all is as before, bit for bit."""
-    for k, p in model.named_parameters():
-        own = p.clone()
-        p.copy_(average[k])
-        average[k].copy_(own)
-
-
-def save_checkpoint(path, tensors, step, cfg, **more):
-    """One .safetensors, written by the first process. If that fails, a warning: the run goes on."""
-    tensors = gather(tensors)
-    with forgiven():
-        write_safetensors(path, tensors, {"step": str(step), "config": json.dumps(asdict(cfg))} | more)
-
-
-def save_picture(path, image):
-    """A PNG, forgiven as well."""
-    with forgiven():
-        write_aside(path, lambda part: image.save(part, "PNG"))
-
-
-@torch.no_grad()
-def load_checkpoint(path, tensors, cfg, free, **more):
-    """Fills `tensors`, also by another number of processes -> steps done. ValueError if other options made it; those named in `free` may change."""
-    with safe_open(path, "pt") as file:
-        old = asdict(type(cfg)()) | json.loads(file.metadata()["config"])       # an option that is newer than the file does nothing by default
-        other = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(cfg).items() if k not in free and old.get(k) != v]
-        other += [f"{k} {file.metadata().get(k)} -> {v}" for k, v in more.items() if file.metadata().get(k) != v]
-        if other:
-            raise ValueError(f"{path} was made with other options: {', '.join(other)}")
-        for name, tensor in tensors.items():
-            new = file.get_tensor(name).to(tensor.device)
-            tensor.copy_(distribute_tensor(new, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else new)
-        return int(file.metadata()["step"])
-
-
-def shard(model, device, world):
-    """FSDP: every process keeps 1 / world of the weights, gradients and optimiser, and fetches a block's when it needs them."""
-    if world == 1:
-        return model
-    mesh = init_device_mesh(torch.device(device).type, (world,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh, reshard_after_forward=True)            # True: also outside training only shards remain

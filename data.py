@@ -153,7 +153,13 @@ class Copy:
         return len(self.pictures)
 
     def __getitem__(self, part):
-        looks = (Image.fromarray(np.array(p)).resize(self.size, self.filter, self.box) for p in self.pictures[part])
+        return self.cut(part, 0, 0, 1)
+
+    def cut(self, part, top, left, side):
+        """Of pictures[part] the square at (top, left), all in parts of a picture's side: what else is in them is never made."""
+        left, (x0, y0, x1, y1) = 1 - left - side if self.mirrored else left, self.box
+        box = x0 + left * (x1 - x0), y0 + top * (y1 - y0), x0 + (left + side) * (x1 - x0), y0 + (top + side) * (y1 - y0)
+        looks = (Image.fromarray(np.array(p)).resize([round(side * n) for n in self.size], self.filter, box) for p in self.pictures[part])
         return np.stack([np.asarray(p)[:, ::-1 if self.mirrored else 1] for p in looks])
 
 

@@ -41,17 +41,12 @@ from tqdm import tqdm
 
 import infer
 import report
-from chunks import (
-    Streams,
-    chunks_left,
-    encode_clips,
+from checkpoint import (
     gather,
     join,
     load_checkpoint,
     log,
     mean,
-    one_per_folder,
-    pixels,
     save_checkpoint,
     save_picture,
     shard,
@@ -59,6 +54,7 @@ from chunks import (
     trim_log,
     write_safetensors,
 )
+from chunks import Streams, chunks_left, encode_clips, one_per_folder, pixels
 from data import ClipFolder
 from dit import add_noise, score_from_velocity, student_sigmas, velocity, x0_from_velocity
 from muon import Muon

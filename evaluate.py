@@ -31,7 +31,7 @@ from tqdm import tqdm
 import infer
 import metrics
 import proxies
-from chunks import write_json
+from checkpoint import write_json
 from data import FPS, HOP, PICTURES, VIDEOS, media_files, read_audio, read_video, sidecar_text, split_of, square_crop
 from metrics import box_of
 from report import METRICS, SHEET, WINDOWS, commit, contact_sheet, markdown, nanmean, plot, summarise, write, write_csv

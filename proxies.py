@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import metrics
-from chunks import write_json, write_safetensors
+from checkpoint import write_json, write_safetensors
 from data import FPS, HOP, ClipFolder, sidecar_text
 from metrics import SMALL, Gaussian, SyncNet, SyncNetConfig, box_of, correlation, face_square, frechet
 from muon import Muon

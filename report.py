@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from chunks import write_aside
+from checkpoint import write_aside
 from data import FPS
 from metrics import frechet
 from proxies import CLOSED

@@ -2,11 +2,13 @@
 
     python train_teacher.py --data CLIPS [CLIPS ...]               runs/teacher (checkpoint, log, strip.png) -> weights/tiny/teacher.safetensors
     python train_teacher.py --data CLIPS --preset debug            one chunk by heart, two minutes on two cores: does everything still learn?
+    python train_teacher.py --data CLIPS --fresh 1 --window-side 8 faces are never seen twice alike, mouths four times as often: the small VAE only
     python train_teacher.py --data CLIPS --resume                  goes on where a killed run was last saved, bit for bit
     python train_teacher.py --plot                                 runs/teacher/log.jsonl -> runs/teacher/loss.png
     torchrun --nproc_per_node=8 train_teacher.py --preset wan-1.3b --weights DIR --init wan.safetensors --data CLIPS      (FSDP)
 
-The VAE and the audio encoder are frozen, so every chunk is encoded once, into a cache. A row of a batch is then
+The VAE and the audio encoder are frozen, so every chunk is encoded once, into a cache (--fresh: at every draw, by two matrices).
+A row of a batch is then
     z      latents of a true chunk                  z_id   TRE of another frame of the same clip (Eq. 3)
     audio  its hidden states, or zeros (p = 0.1)    kappa  z[:, :, :m]: the VAE is causal, so this *is* E(last n frames of the chunk before);
                                                            or that as rounds of the codec would have left it (--worn)
@@ -39,27 +41,30 @@ from tqdm import tqdm
 import dit
 import report
 from audio import AudioEncoder
-from chunks import (
-    Pools,
-    collate,
-    encode_clips,
+from checkpoint import (
     gather,
     join,
     load_checkpoint,
-    load_row,
     log,
     mean,
-    one_per_folder,
-    pixels,
     save_checkpoint,
     save_picture,
     shard,
-    shorten,
     swap,
     trim_log,
-    wear_of,
     write_json,
     write_safetensors,
+)
+from chunks import (
+    LinearCodec,
+    Pools,
+    collate,
+    encode_clips,
+    load_row,
+    one_per_folder,
+    pixels,
+    shorten,
+    wear_of,
 )
 from data import ClipFolder
 from dit import AudioDiT, DiTConfig, add_noise, load_wan_checkpoint, replace_head, sample_teacher, velocity, x0_from_velocity
@@ -74,7 +79,7 @@ from vae import load_vae
 class TeacherConfig:
     network: str = "tiny"           # size of the network: a preset of dit.py, or "debug"
     steps: int = 6000               # optimiser steps (paper: 15,000)
-    batch: int = 8                  # chunks a step, over all processes (paper: 4, whether of each GPU or of all is not said)
+    batch: int = 8                  # whole pictures' chunks a step, over all processes (paper: 4, whether of each GPU or of all is not said)
     micro: int = 8                  # chunks a network call of one process; gradients add up over the calls of a step
     optimizer: str = "muon"         # "muon" (muon.py) learns about twice as much a step; "adamw" is what the paper used
     lr: float = 1.5e-3              # peak of AdamW's learning rate, Muon's is ten times as high (paper: not given)
@@ -88,6 +93,7 @@ class TeacherConfig:
     worn: int = 0                   # rounds of the codec that kappa_gt may have behind it, 0 to this many; ours; 0 = the paper
     deaf: float = 0.1               # share of rows whose audio is zeroed: what guidance compares with
     focus: float = 3.0              # extra weight of face latents in Eq. 2: a cheap stand-in for Eq. 17, ours; 0 = the paper
+    eyes: float = 0.0               # extra weight of the latents around the eyes; ours; 0 = the paper
     lips: float = 30.0              # extra weight of mouth latents: 5 in 100 latents, with all that the sound decides; ours; 0 = the paper
     temporal: float = 0.1           # lambda of Eq. 16 (paper: lost)
     face: float = 0.1               # lambda of Eq. 17 (paper: lost)
@@ -97,6 +103,8 @@ class TeacherConfig:
     context: int = 2                # latents decoded to their left, whose frames are thrown away
     frames: int = 33                # longest chunk, full size: 81; shorter clips give one chunk of 4k+1 frames
     latents: int = 0                # train on the first so many latents of a chunk, 0 = all; of 81 frames, 9 of 21 cost a quarter
+    window_side: int = 0            # latents of a side of what most steps see of a picture, (whole / this)^2 as many rows; 0 = whole pictures
+    whole: int = 4                  # with it, steps from one that sees whole pictures to the next
     offsets: int = 1                # times a clip is cut into chunks, each time from a later frame on
     references: int = 1             # chunks of a clip whose first frame serves as a reference picture; the clip's last frame also does
     encode_bf16: bool = True        # encode the cache in bfloat16: 2.5 x faster, latents off by 1 part in 200
@@ -118,7 +126,7 @@ PRESETS = {"tiny": TeacherConfig(),
                                      checkpointing=True, every=500, minutes=30.0)}
 NETWORKS = dit.PRESETS | {"debug": DiTConfig(dim=192, ffn_dim=384, heads=4, layers=3, audio_tokens=4, audio_hidden=64)}
 CHOICES = {"network": tuple(NETWORKS), "optimizer": ("muon", "adamw"), "identity": tuple(IDENTITY)}
-FREE = ("steps", "latents", "ema", "lips", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
+FREE = ("steps", "latents", "ema", "lips", "eyes", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)    # noise levels of the validation loss
 
 # ------------------------------------------------------------------------------------------------------------- equations
@@ -137,17 +145,6 @@ def temporal_gradient_loss(made, true):
 def face_loss(made, true, mask):
     """Eq. 17: only the face counts. Videos (B, 3, T, H, W), mask (B, 1, T, H, W) in 0..1 -> (B,)."""
     return (mask * (made - true).abs()).sum((1, 2, 3, 4)) / (3 * mask.sum((1, 2, 3, 4)) + 1e-6)
-
-
-def mouth_in(mask):
-    """Face mask (B, F, h, w) in 0..1 -> bool, where a mouth is in a face: the middle half of its width, 62 to 95 % of its height."""
-    def inside(axis, low, high):                                                # axis: the one that is looked along
-        there, place = (mask > 0.5).any(axis), torch.arange(mask.shape[5 - axis], device=mask.device) + 0.5
-        first = place.where(there, torch.inf).amin(2, keepdim=True) - 0.5       # (B, F, 1); no face: inf, and nothing is inside
-        last = place.where(there, -torch.inf).amax(2, keepdim=True) + 0.5
-        share = (place - first) / (last - first)                                # (B, F, h or w)
-        return (share > low) & (share < high)
-    return inside(3, 0.62, 0.95)[..., :, None] & inside(2, 0.25, 0.75)[..., None, :]
 
 
 def decode_window(vae, latents, first, count, context):
@@ -181,8 +178,7 @@ def teacher_loss(model, vae, batch, cfg, with_pixels):
     predicted = batch["predicted"][:, None, :, None, None]                      # (B, 1, F, 1, 1)
     x = torch.where(predicted > 0, add_noise(x0, eps, sigma), replace_head(x0, batch["kappa"]))    # Eq. 1, then kappa_gt over the head
     v = model(x, 1000 * sigma, batch["identity"], batch["audio"])
-    weight = 1 + cfg.focus * batch["mask"] + cfg.lips * mouth_in(batch["mask"])  # (B, F, h, w)
-    parts = {"flow": flow_matching_loss(v, x0, eps, predicted * weight[:, None])}
+    parts = {"flow": flow_matching_loss(v, x0, eps, predicted * batch["weight"][:, None])}
     loss = parts["flow"]
     if with_pixels:
         x0_hat = torch.where(predicted > 0, x0_from_velocity(x, v, sigma), x0)
@@ -231,8 +227,8 @@ def validate(model, chunks, cfg, device):
     sums = dict.fromkeys(BINS, 0.0)
     for i, chunk in enumerate(chunks):
         for sigma in BINS:
-            row = load_row(chunk, cfg, np.random.default_rng((1, i)), cold=False, deaf=False, sigma=sigma)
-            sums[sigma] += teacher_loss(model, None, collate([row], device), replace(cfg, focus=0.0, lips=0.0), False)[0].item() / len(chunks)
+            row = load_row(chunk, replace(cfg, focus=0.0, lips=0.0, eyes=0.0), np.random.default_rng((1, i)), False, False, sigma)
+            sums[sigma] += teacher_loss(model, None, collate([row], device), cfg, False)[0].item() / len(chunks)
     return sums
 
 
@@ -265,6 +261,7 @@ def train(cfg, model, vae, pools, val, run, resume=False, device="cpu", rank=0, 
         block.compile(dynamic=False)
     state = State(model, cfg)
     state.tensors |= {"wear": pools.wear} if cfg.worn else {}
+    state.tensors |= {f"codec.{i}": matrix for i, matrix in enumerate(pools.codec.matrices)} if pools.codec else {}
     checkpoint = run / "checkpoint.safetensors"
     start = load_checkpoint(checkpoint, state.tensors, cfg, FREE, data=pools.data) if resume and checkpoint.exists() else 0
     if rank == 0:
@@ -310,11 +307,13 @@ def train(cfg, model, vae, pools, val, run, resume=False, device="cpu", rank=0, 
 def train_step(state, vae, pools, cfg, step, autocast, run, device, rank, world):
     """One optimiser step on cfg.batch rows, those of this process in groups of cfg.micro. -> numbers for the log"""
     with_pixels = (cfg.temporal > 0 or cfg.face > 0) and step % cfg.pixel_every == 0
-    calls, parts, names = cfg.batch // (cfg.micro * world), {}, []
+    side = 0 if with_pixels or step % cfg.whole == 0 else cfg.window_side
+    more = (pools.size // side) ** 2 if side else 1                             # a window costs less: so many more rows
+    calls, micro, parts, names = cfg.batch // (cfg.micro * world), cfg.micro * more, {}, []
     state.opt.zero_grad(set_to_none=True)
     for call in range(calls):
-        rows = range((call * world + rank) * cfg.micro, (call * world + rank + 1) * cfg.micro)
-        batch = shorten(collate([pools.draw(cfg, step, row) for row in rows], device), cfg.latents)
+        rows = range((call * world + rank) * micro, (call * world + rank + 1) * micro)
+        batch = shorten(collate([pools.draw(cfg, step, row, side) for row in rows], device), cfg.latents)
         names += [chunk.name for chunk in batch["chunk"]]
         with autocast:
             loss, new = teacher_loss(state.model, vae, batch, cfg, with_pixels)
@@ -343,21 +342,25 @@ def check(cfg, args, world):
         raise ValueError(f"--frames {cfg.frames} (4k + 1) and --latents {cfg.latents} must leave latents to predict after --head {cfg.head}")
     if min(cfg.batch, cfg.micro) < 1 or cfg.batch % (cfg.micro * world):
         raise ValueError(f"batch {cfg.batch} is not a multiple of micro {cfg.micro} x {world} processes")
-    at_least_one = ("warmup", "head", "pixel_every", "window", "context", "offsets", "references", "every", "val")
+    at_least_one = ("warmup", "head", "pixel_every", "window", "context", "offsets", "references", "every", "val", "whole")
     if wrong := [f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in at_least_one if getattr(cfg, name) < 1]:
         raise ValueError(f"{', '.join(wrong)} must be at least 1")
     if not 0 < cfg.decay <= 1 or cfg.worn < 0:
         raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most; --worn {cfg.worn} 0 or more")
-    one_per_folder(args, "share", "cache", "copies")
-    if min(args.copies or [0]) < 0 or any(args.copies or []) and cfg.chunks:
-        raise ValueError(f"--copies {args.copies} must be 0 or more; with --chunks, which learns a few by heart, 0")
+    if cfg.window_side < 0 or cfg.window_side % 2:
+        raise ValueError(f"--window-side {cfg.window_side} must be even, 0 or more: a token has 2 x 2 latents")
+    one_per_folder(args, "share", "cache", "fresh")
+    if not set(args.fresh or []) <= {0, 1}:
+        raise ValueError(f"--fresh {args.fresh}: 0 or 1 for each folder")
+    if any(args.fresh or []) and cfg.chunks:
+        raise ValueError("--fresh: no clip is seen twice alike; --chunks learns a few by heart")
 
 
 def build_parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", nargs="+", help="folders of clips (see data.py)")
     p.add_argument("--share", nargs="+", type=float, help="how often each folder is drawn (default: equally)")
-    p.add_argument("--copies", nargs="+", type=int, help="of every training clip, per folder: mirrored, cut out anew, see data.Copy (default: 0)")
+    p.add_argument("--fresh", nargs="+", type=int, help="1: training clips of this folder are cut out and encoded anew at every draw (default: 0)")
     p.add_argument("--cache", nargs="+", help="where data.py's decoded frames lie, one per folder (default: FOLDER/.cache-SIZE)")
     p.add_argument("--weights", type=Path, default=Path("weights/tiny"), help="folder of config.json, vae.safetensors, wav2vec2 (%(default)s)")
     p.add_argument("--out", type=Path, help="where teacher.safetensors goes (default: --weights)")
@@ -378,6 +381,8 @@ def build_parser():
 def prepare(args, cfg, device, rank, world):
     """The frozen encoders, the network, the chunks -> model, vae, Pools, validation chunks"""
     config = json.loads((args.weights / "config.json").read_text(encoding="utf-8"))
+    if cfg.window_side and config["size"] // 8 % cfg.window_side:
+        raise ValueError(f"--window-side {cfg.window_side} must divide a picture's {config['size'] // 8} latents of a side")
     vae = load_vae(args.weights, device)
     encoder = AudioEncoder(args.weights / "wav2vec2" if config["audio"] == "wav2vec2" else config["audio"], device)
     torch.manual_seed(cfg.seed)                                                 # the same first weights on every process
@@ -389,17 +394,18 @@ def prepare(args, cfg, device, rank, world):
         except RuntimeError as error:
             raise ValueError(f"--init {args.init} is another network: {' '.join(str(error).split())[:200]}") from None
     folders, val = [], []
-    for folder, cache, copies in zip(args.data, args.cache or [None] * len(args.data), args.copies or [0] * len(args.data), strict=True):
+    for folder, cache, fresh in zip(args.data, args.cache or [None] * len(args.data), args.fresh or [0] * len(args.data), strict=True):
         parts = ("all", "all") if cfg.chunks else ("train", "val")              # all: learnt by heart, and validated on the same
         clips, held_out = (ClipFolder(folder, config["size"], part, cache).clips[:cfg.chunks or None] for part in parts)
-        clips += [replace(clip, copy=number + 1) for number in range(copies) for clip in clips]
         held_out = held_out[::-(-len(held_out) * len(args.data) // cfg.val)]
-        clips, held_out = (encode_clips(c, vae, encoder, args.run / "cache", cfg, device, rank, world) for c in (clips, held_out))
+        clips, held_out = (encode_clips(some, vae, encoder, args.run / "cache", cfg, device, rank, world, new)
+                           for some, new in ((clips, fresh), (held_out, False)))
         folders.append(clips[:cfg.chunks or None])
         val += [chunk for chunk in held_out if chunk.row == 0]
-    some = sum(folders, [])
-    wear = wear_of(vae, some[::-(-len(some) // 8)], cfg.head, device) if cfg.worn else None
-    return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders), wear), val
+    some, new = sum(folders, []), [chunk for chunk in sum(folders, []) if chunk.fresh]
+    codec = LinearCodec(vae, [pixels(c.clip.frames[c.start:c.start + c.length]) for c in new[::-(-len(new) // 48)]], device) if new else None
+    wear = wear_of(vae, some[::-(-len(some) // 8)], cfg.head, device, codec) if cfg.worn else None
+    return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders), wear, codec), val
 
 
 def steps_of(path):

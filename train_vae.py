@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from chunks import pixels, write_json, write_safetensors
+from checkpoint import write_json, write_safetensors
+from chunks import blocks, pixels
 from data import ClipFolder
 from muon import Muon
 from vae import PRESETS, CausalConv3d, ResidualBlock, WanVAE, load_vae
@@ -34,13 +35,6 @@ from vae import PRESETS, CausalConv3d, ResidualBlock, WanVAE, load_vae
 
 def spatial_gradient(x):
     return x[..., 1:, :-1] - x[..., :-1, :-1], x[..., :-1, 1:] - x[..., :-1, :-1]
-
-
-def blocks(video):
-    """(B, 3, T, H, W) -> (B, F, h, w, 3 * 4 * 8 * 8): the pixels one latent stands for; the first frame counts four times."""
-    v = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)        # (B, 3, 4F, H, W)
-    v = v.unflatten(4, (-1, 8)).unflatten(3, (-1, 8)).unflatten(2, (-1, 4))     # (B, 3, F, 4, h, 8, w, 8)
-    return v.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
 
 
 def principal_components(batches, channels):
@@ -94,6 +88,8 @@ def vae_loss(vae, inputs, video, cfg, generator, linear=None):
 
 # ------------------------------------------------------------------------------------------------------------------ data
 
+MOUTH = (0.58, 0.84, 0.32, 0.68)                                                # top, bottom, left, right: where face-centred clips have it
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -107,6 +103,7 @@ class TrainConfig:
     kl: float = 1e-4                # weight of the KL term, mean over latents
     anchor: float = 1.0             # weight of the distance from principal components
     cycle: float = 1.0              # weight of the distance between the video's latents and the output's own; costs half a step more
+    lips: float = 0.0               # share of the crops that are cut around the mouth of a face-centred clip
     ema: float = 0.999              # decay of the averaged weights that are shipped
     seed: int = 0                   # of everything random
     minutes: float = 5.0            # between checkpoints
@@ -154,8 +151,8 @@ class Rounds:
             self.pool["age"][self.place] += 1
 
 
-def training_batch(folders, frames, side, size, generator):
-    """-> (B, 3, T, side, side) in [-1, 1]: random place and time, mirrored, brightness, contrast and colour changed a little."""
+def training_batch(folders, frames, side, size, generator, lips=0.0):
+    """-> (B, 3, T, side, side) in [-1, 1]: random place and time, mirrored, brightness, contrast and colour changed a little. lips: TrainConfig."""
     def rand(n):
         return int(torch.randint(n, (), generator=generator))
     out = []
@@ -165,6 +162,9 @@ def training_batch(folders, frames, side, size, generator):
         if len(video) < frames:
             continue
         f, y, x = rand(len(video) - frames + 1), rand(video.shape[1] - side + 1), rand(video.shape[2] - side + 1)
+        if lips and torch.rand((), generator=generator) < lips:                 # the crop's middle within 8 pixels of the mouth's
+            middle = (MOUTH[0] + MOUTH[1]) / 2 * video.shape[1], video.shape[2] / 2
+            y, x = (min(max(round(m) - side // 2 + rand(17) - 8, 0), n - side) for m, n in zip(middle, video.shape[1:3]))
         v = torch.from_numpy(np.array(video[f:f + frames, y:y + side, x:x + side])).permute(3, 0, 1, 2) / 127.5 - 1
         v = v.flip(-1) if rand(2) else v
         a = 1 + 0.4 * (torch.rand((3, 1, 1, 1), generator=generator) - 0.5) * torch.rand((), generator=generator)
@@ -252,7 +252,7 @@ def train(cfg, config, folders, out, resume, init=None):
         # ----------------------------------------------------------------------------------------------- TRAIN
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)  # by step: a resumed run draws what the killed one would
         frames, side, size = next(stage[1:] for stage in course if step < stage[0] * cfg.steps)
-        video = training_batch(folders, frames, side, size, generator)          # (B, 3, T, side, side)
+        video = training_batch(folders, frames, side, size, generator, cfg.lips)    # (B, 3, T, side, side)
         inputs, video = rounds.send(video, generator) if frames > 1 else (video, video)
         lr = cfg.lr * min(1, (step + 1) / cfg.warmup) * (1 - step / cfg.steps)
         opt.param_groups[0]["lr"] = lr
@@ -315,9 +315,6 @@ def strip(vae, ema, clips, path):
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluate
-
-
-MOUTH = (0.58, 0.84, 0.32, 0.68)                                                # top, bottom, left, right: where face-centred clips have it
 
 
 def psnr(a, b):
@@ -415,6 +412,8 @@ def main(argv=None):
             raise ValueError(f"no clips in {args.data}")
         if args.evaluate:
             return evaluate(args.out, folders, [Path(d).resolve().name for d in args.data], args.clips)
+        if not 0 <= args.lips <= 1:
+            raise ValueError(f"--lips {args.lips} is a share, 0 to 1")
         cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
         longest = max(stage[1] for stage in (POLISH if args.init else COURSE))
         if not any(len(c.frames) >= longest for f in folders for c in f):

@@ -282,6 +282,8 @@ def test_a_copy_is_the_same_clip_seen_otherwise(folder):
         seen, mask = (data.Copy(x, copy)[:][0].astype(int) for x in (np.repeat(quarter[..., None], 3, 3), quarter[:, ::4, ::4]))
         assert seen[place].min() > 250 and seen[63, 0].max() == seen[63, 63].max() == seen[0, 63 - place[1]].max() == 0
         assert np.abs(seen.mean(2).reshape(16, 4, 16, 4).mean((1, 3)) - mask).mean() < 3           # edges do not fall on quarters
+        part = copy.frames.cut(slice(2, 4), 0.25, 0.5, 0.5)   # a piece of it, without the rest
+        assert np.abs(part.astype(int) - copy.frames[2:4][:, 16:48, 32:64]).max() <= 2
     assert not np.array_equal(two.frames[:1], other.frames[:1]) and not np.array_equal(two.frames[:1], clip.frames[:1])
 
 

@@ -321,6 +321,15 @@ def test_positions_matter_only_relative_to_each_other():
     assert abs(score((0, 0, 0), (1, 2, 1)) - score((0, 0, 0), (1, 1, 2))) > 1e-3
 
 
+def test_a_window_is_a_small_picture():
+    """Rotary positions are relative: what tokens of a window say to each other does not depend on where in the picture it lies."""
+    q, k = torch.randn(2, 1, 4 * 9, 1, 20)
+    whole = dit.rope_table(4, 6, 6, 20).view(4, 6, 6, 1, 10)
+    scores = [torch.einsum("bnhd,bmhd->bnm", dit.rotate(q, t), dit.rotate(k, t)) for t in
+              (dit.rope_table(4, 3, 3, 20), *(whole[:, y:y + 3, x:x + 3].reshape(36, 1, 10) for y, x in ((0, 3), (2, 1))))]
+    assert torch.allclose(scores[0], scores[1], atol=1e-4) and torch.allclose(scores[0], scores[2], atol=1e-4)
+
+
 def test_time_is_never_rounded_to_bfloat16():
     """bfloat16 has no number between 936 and 940: even under autocast the time path must stay float32."""
     model = network()

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 import dit
 import infer
 import train_teacher as tt
-from chunks import Pools, chunk_starts, collate, encode_clips, load_row, log, save_picture, swap, wear_of, worn
+from checkpoint import log, save_picture, swap
+from chunks import EYES, MOUTH, LinearCodec, Pools, blocks, chunk_starts, collate, encode_clips, load_row, part_of, place_window, wear_of, worn
 from data import Clip, write_mp4
 from vae import PRESETS as VAE
 from vae import WanVAE
@@ -147,8 +148,8 @@ def test_the_cache_is_made_once_and_again_for_other_weights(clips, vae, cache, c
     encode_clips(clips, other, Ear(), cache, CFG)
     encode_clips(clips, vae, Ear(), cache, replace(CFG, frames=29))
     assert len(calls) == 15
-    encode_clips([*clips, replace(clips[0], copy=1), replace(clips[0], copy=2)], vae, Ear(), cache, CFG)          # a copy is another clip
-    assert [call[0].copy for call in calls[15:]] == [1, 2]
+    encode_clips(clips, vae, Ear(), cache, CFG, fresh=True)                     # the sound alone
+    assert len(calls) == 18
 
 
 def test_chunks_tile_a_clip_several_times():
@@ -186,6 +187,77 @@ def test_the_reference_is_not_in_the_chunk(chunks):
         for seed in range(8):
             row = load_row(chunk, CFG, np.random.default_rng(seed), cold=False, deaf=False, sigma=0.5)
             assert outside and any(torch.equal(row["identity"], z) for z in allowed)
+
+
+def test_a_linear_encoder_is_its_own_codec(clips):
+    """Law: of an encoder that is linear, LinearCodec is the encoder, of a portrait as well; of another one it is the nearest."""
+    torch.manual_seed(0)
+    first, rest = torch.randn(2, 768, 16).double() / 768 ** 0.5
+
+    def encode(video):                                                          # (1, 3, T, H, W) -> (1, C, F, h, w)
+        x = blocks(video).double()
+        return (torch.cat([x[:, :1] @ first, x[:, 1:] @ rest], 1) + 0.5).float().movedim(-1, 1)
+    videos = [torch.rand(1, 3, 33, 64, 64) * 2 - 1 for _ in range(5)]
+    codec = LinearCodec(Namespace(encode=encode), videos)
+    video = torch.rand(1, 3, 33, 32, 32) * 2 - 1
+    still = video[:, :, :1].expand(-1, -1, 33, -1, -1)
+    assert (codec.encode(video) - encode(video)[0]).abs().max() < 0.05          # 64 first blocks a clip for 768 numbers: nearly
+    assert (codec.encode(video) - encode(video)[0])[:, 1:].abs().max() < 0.02
+    assert torch.allclose(codec.still(video[:, :, :1], 9), codec.encode(still), atol=1e-5)
+
+
+def test_a_fresh_chunk_is_another_cut_at_every_draw(clips, vae, tmp_path):
+    """Law: a fresh chunk looks different every time, its portrait is cut out as it is, its sound stays; the same draw is the same row."""
+    chunks = encode_clips(clips[:1], vae, Ear(), tmp_path, CFG, fresh=True)
+    assert {path.name for path in chunks[0].store.iterdir()} == {"audio.npy"}
+    pools = Pools([chunks], [1.0], codec=LinearCodec(vae, [tt.pixels(clips[0].frames[:33])]))
+    rows = [pools.draw(replace(CFG, cold=1.0, deaf=0.0), 0, row) for row in range(8)]
+    again = pools.draw(replace(CFG, cold=1.0, deaf=0.0), 0, 3)
+    assert all(torch.equal(rows[3][k], again[k]) for k in again if k != "chunk")
+    assert len({row["latents"].sum().item() for row in rows}) == 8 and all(row["chunk"].name == "long*@" + str(row["chunk"].start) for row in rows)
+    for row in rows:                                                            # cold: the portrait is the chunk's own first frame
+        assert torch.allclose(row["identity"][:, 0], row["latents"][:, 0], atol=1e-4)
+        assert torch.equal(row["audio"], torch.from_numpy(row["chunk"].array("audio")[row["chunk"].row].astype(np.float32)))
+
+
+def test_windows_look_at_the_mouth():
+    """Law: mouth and eyes are where a face has them, and nowhere without one; three windows of four hold the middle of the mouth."""
+    face = torch.zeros(2, 16, 16)
+    face[:, 3:15, 4:12] = 1                                                     # rows 3-14, columns 4-11
+    mouth, eyes, rng = part_of(face, *MOUTH), part_of(face, *EYES), np.random.default_rng(0)
+    rows = lambda part: [sorted(set(part.nonzero()[:, axis].tolist())) for axis in (1, 2)]
+    assert rows(mouth) == [[10, 11, 12, 13], [6, 7, 8, 9]] and rows(eyes) == [[5, 6, 7, 8], [5, 6, 7, 8, 9, 10]]
+    assert not part_of(0 * face, *MOUTH).any()
+    places = [place_window(mouth, 8, rng) for _ in range(400)]
+    assert all(y % 2 == x % 2 == 0 and 0 <= y <= 8 and 0 <= x <= 8 for y, x in places)
+    assert 0.7 < np.mean([y <= 11 < y + 8 and x <= 7 < x + 8 for y, x in places]) < 0.97
+    assert len({place_window(0 * mouth, 8, rng) for _ in range(400)}) == 25     # no mouth: anywhere
+
+
+def test_a_step_on_windows_has_more_rows(pools, vae, chunks, tmp_path, monkeypatch):
+    """Law: (whole / side)^2 as many rows for a window step, the same rows as ever for a step that sees whole pictures or decodes frames."""
+    draw, seen = pools.draw, []
+    monkeypatch.setattr(pools, "draw", lambda cfg, step, row, side: seen.append((step, row, side)) or draw(cfg, step, row, side))
+    monkeypatch.setattr(tt, "strip", lambda *a: None)
+    run(tmp_path, vae, pools, chunks, steps=4, micro=2, window_side=2, whole=4, pixel_every=3)
+    assert seen == [(step, row, side) for step in range(4) for n, side in [(4, 0) if step in (0, 3) else (16, 2)] for row in range(n)]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_window_is_a_piece_of_the_picture(clips, vae, tmp_path, fresh):
+    """Law: latents, portrait and weights of a window are those of the whole picture at one and the same place, where tokens begin."""
+    chunk = encode_clips(clips[:1], vae, Ear(), tmp_path, CFG, fresh=fresh)[0]
+    codec, cfg, places = LinearCodec(vae, [tt.pixels(clips[0].frames[:33])]), replace(CFG, eyes=5.0, focus=2.0), set()
+    for seed in range(12):
+        whole, part = (load_row(chunk, cfg, np.random.default_rng(seed), False, False, 0.5, codec, side) for side in (0, 2))
+        for y, x in [(y, x) for y in (0, 2) for x in (0, 2)]:
+            same = [torch.allclose(part[k], whole[k][..., y:y + 2, x:x + 2], atol=0.1) for k in ("latents", "identity")]
+            if all(same) and torch.equal(part["weight"], whole["weight"][..., y:y + 2, x:x + 2]):
+                places.add((y, x))
+                break
+        else:
+            raise AssertionError(f"seed {seed}: no such place")
+    assert len(places) > 1
 
 
 # ------------------------------------------------------------------------------------------------------------ equations
@@ -342,8 +414,8 @@ def test_nan_stops_the_run_and_names_the_clips(clips, vae, pools, chunks, tmp_pa
     """Law: a row that is not a number stops the run before the weights are touched; the last checkpoint is whole, the clip is named."""
     draw, model = pools.draw, network()
 
-    def poisoned(cfg, step, row):
-        got = draw(cfg, step, row)
+    def poisoned(cfg, step, row, side):
+        got = draw(cfg, step, row, side)
         return got | {"latents": got["latents"] * (float("nan") if (step, row) == (3, 2) else 1)}
 
     monkeypatch.setattr(pools, "draw", poisoned)
@@ -365,7 +437,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(pools, vae, chunks, tmp_path
         Path(path).write_bytes(b"half a fi")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("chunks.save_file", full)
+    monkeypatch.setattr("checkpoint.save_file", full)
     _, losses = run(tmp_path, vae, pools, chunks, steps=2)
     assert len(losses) == 2 and "No space left" in capsys.readouterr().err
     log(tmp_path, {"step": 0})                                                  # nor does a line of the log that cannot be written
@@ -425,7 +497,8 @@ def test_bad_input_is_one_line(folder, capsys):
     save_file({"audio_proj.norm.weight": torch.zeros(3)}, other)
     for bad in (["--data", str(folder / "nowhere")], [], [*clips, "--micro", "3"], [*clips, "--warmup", "0"], [*clips, "--decay", "0"],
                 [*clips, "--every", "0"], [*clips, "--context", "0"], [*clips, "--init", str(other)], [*clips, "--worn", "-1"],
-                [*clips, "--copies", "1"], [*clips, "--copies", "-1"], [*clips, "--copies", "0", "0"], [*clips, "--share", "1", "1"]):
+                [*clips, "--fresh", "1"], [*clips, "--fresh", "-1"], [*clips, "--fresh", "0", "0"],
+                [*clips, "--window-side", "3"], [*clips, "--window-side", "8"], [*clips, "--share", "1", "1"]):
         with pytest.raises(SystemExit) as stop:
             tt.main([*bad, "--weights", str(folder / "weights"), "--run-dir", str(folder / "bad"), "--preset", "debug", "--device", "cpu"])
         text = capsys.readouterr().err.strip().splitlines()
@@ -443,7 +516,7 @@ def test_two_processes_have_the_losses_of_one(folder):
         port = free.getsockname()[1]
     options = ["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--out", str(folder / "out"), "--preset", "debug",
                "--device", "cpu", "--steps", "2", "--chunks", "0", "--cold", "0.3", "--no-bf16", "--batch", "4", "--micro", "2",
-               "--temporal", "0.1", "--pixel-every", "2", "--copies", "1", "--worn", "2"]
+               "--temporal", "0.1", "--worn", "2", "--fresh", "1", "--window-side", "2", "--pixel-every", "2"]
     tt.main([*options, "--run-dir", str(folder / "run1")])
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train_teacher.py"), *options, "--run-dir", str(folder / "run2")]

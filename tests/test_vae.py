@@ -262,6 +262,17 @@ def test_what_comes_out_is_asked_to_encode_as_the_clip_it_should_be(small, clip)
         assert torch.allclose(one, two, rtol=1e-3, atol=1e-6 * two.abs().max().item()) and two.abs().max() > 0
 
 
+def test_crops_around_the_mouth_hold_it():
+    """With --lips 1 the place of a face-centred clip's mouth is in every crop; without, in as many as chance has it."""
+    frames = np.zeros((9, 128, 128, 3), np.uint8)
+    frames[:, 88:94, 61:67] = 255                                               # the middle of MOUTH
+    whole = {}
+    for lips in (0.0, 1.0):
+        crops = T.training_batch([[SimpleNamespace(frames=frames)]], 1, 64, 40, torch.Generator().manual_seed(0), lips)
+        whole[lips] = ((crops.amax(1) > crops.amin((1, 2, 3, 4))[:, None, None, None] + 0.5).sum((1, 2, 3)) == 36).float().mean().item()
+    assert whole[1.0] == 1 and 0.3 < whole[0.0] < 0.95
+
+
 def test_principal_components_are_the_best_linear_codec():
     """No linear codec of 16 numbers a block loses less than the discarded components; channels are equally loud; a still clip stays still."""
     videos = [torch.randn(4, 3, 9, 16, 16, generator=torch.Generator().manual_seed(i)).cumsum(4).cumsum(3) / 20 for i in range(4)]
