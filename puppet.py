@@ -359,12 +359,12 @@ def is_made(base, job):
 
 def plan(args, faces, speakers):
     """Decide clip k from the seed and k alone: more clips leave the first as they are. Returns (jobs, split). Every 12th is validation, with faces
-    and speakers of its own. A face with look-alikes (alike, in its own part of the split) is morphed with one in half of its clips."""
-    rng = np.random.default_rng(args.seed)
-    mixed = lambda items: [items[i] for i in rng.permutation(len(items))]
-    faces, voices = mixed(faces), mixed(sorted(speakers))
-    cut = lambda items: max(1, round(.08 * len(items))) if len(items) > 1 else 0  # how many are held out
-    jobs, split = [], {"train": [], "val": []}
+    and speakers of its own, the same for every seed. A face with look-alikes (alike, in its part of the split) is morphed in half of its clips."""
+    rng, jobs, split = np.random.default_rng(args.seed), [], {"train": [], "val": []}
+    cut = lambda items: max(1, round(.08 * len(items))) if len(items) > 1 else 0  # how many are held out: those of the lowest hashes,
+    ranked = lambda items, name: sorted(items, key=lambda x: zlib.crc32(name(x).encode()))       # whatever the seed, or two folders would leak
+    mixed = lambda items: [part[i] for part in (items[:cut(items)], items[cut(items):]) for i in rng.permutation(len(part))]
+    faces, voices = mixed(ranked(faces, lambda face: face["name"])), mixed(ranked(speakers, str))
     for k in range(args.clips):
         part = "val" if k % 12 == 5 and cut(faces) and cut(voices) else "train"
         pool, said = (x[:cut(x)] if part == "val" else x[cut(x):] for x in (faces, voices))

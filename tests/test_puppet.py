@@ -261,6 +261,17 @@ def test_more_clips_leave_the_first_ones_as_they_are():
     assert len(morphs) > 15 and max(abs(f["yaw"]) for pair in morphs for f in pair) < 8
 
 
+def test_no_seed_trains_on_what_another_holds_out():
+    """Folders of several seeds are trained on together: who is held out by one must be by all, or figures are of faces known by heart."""
+    faces = [dict(path=None, seed=i, name=f"f{i}", yaw=0., pitch=0., sex="", look=0.) for i in range(60)]
+    seen = {"train": set(), "val": set()}
+    for seed in range(4):
+        jobs, split = puppet.plan(Namespace(seed=seed, clips=200, seconds=2, size=64, out=Path()), faces, {f"s{i}": [] for i in range(30)})
+        for part, names in split.items():
+            seen[part] |= {x for j in jobs if j["name"] in names for x in (j["speaker"], *(f["name"] for f in j["faces"]))}
+    assert len(seen["val"]) == 5 + 2 and not seen["val"] & seen["train"]
+
+
 def test_morphs_are_made_of_faces_that_look_alike():
     """Two unlike faces (beard and none) would show through each other: only look-alikes mix, half of the time."""
     looks = [np.float64([1, -1] * 216), np.float64([-1, 1] * 216)]
