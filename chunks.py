@@ -82,11 +82,11 @@ def one_per_folder(args, *names):
 def encode_clip(clip, starts, pictures, T, vae, encoder, device, bf16, fresh=False):
     """-> dict of float16 arrays: what infer.py would compute for these chunks and pictures, rounded. fresh: the sound only."""
     sound = np.array(clip.audio) / np.float32(32768)
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-        latents = [vae.encode(pixels(clip.frames[s:s + T]).to(device)) for s in starts if not fresh]
-        identity = [temporal_reference_encoding(vae, pixels(clip.frames[p:p + 1])[:, :, 0].to(device), T) for p in pictures if not fresh]
-    audio = [encoder.features(sound, s, T)[None] for s in starts]               # the window ends with the chunk
-    parts = {"audio": audio} | ({} if fresh else {"latents": latents, "identity": identity})
+    parts = {"audio": [encoder.features(sound, s, T)[None] for s in starts]}    # the window ends with the chunk
+    if not fresh:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            parts["latents"] = [vae.encode(pixels(clip.frames[s:s + T]).to(device)) for s in starts]
+            parts["identity"] = [temporal_reference_encoding(vae, pixels(clip.frames[p:p + 1])[:, :, 0].to(device), T) for p in pictures]
     return {name: torch.cat(rows).half().cpu().numpy() for name, rows in parts.items()}
 
 
@@ -177,8 +177,8 @@ class LinearCodec:
     def encode(self, video):
         """(1, 3, T, H, W) -> (C, F, h, w)"""
         x = blocks(video)[0]                                                    # (F, h, w, 768)
-        (first, rest) = ((part @ matrix[:-1] + matrix[-1]) for part, matrix in zip((x[:1], x[1:]), self.matrices))
-        return torch.cat([first, rest]).movedim(-1, 0)
+        z = [part @ matrix[:-1] + matrix[-1] for part, matrix in zip((x[:1], x[1:]), self.matrices)]
+        return torch.cat(z).movedim(-1, 0)
 
     def still(self, picture, F):
         """z_id, Eq. 3: (1, 3, 1, H, W) -> (C, F, h, w). Its first latent, and one for all others: without a memory they are equal."""
@@ -310,8 +310,8 @@ def load_chunk(start, age, cfg):
     """Chunk `age` of the film that begins with `start` -> latents, identity (C, F, h, w), audio (T, L, A), predicted (1, F, 1, 1), cold (1, 1, 1, 1).
 
     The portrait is the film's first frame, that is reference picture number `start.row`; consecutive chunks lie in consecutive rows."""
-    latents, audio = (torch.from_numpy(np.array(start.array(what)[start.row + age])) for what in ("latents", "audio"))
-    identity = torch.from_numpy(np.array(start.array("identity")[start.row]))
+    latents, audio, identity = (torch.from_numpy(np.array(start.array(what)[start.row + later]))
+                                for what, later in (("latents", age), ("audio", age), ("identity", 0)))
     predicted = torch.arange(latents.shape[1]) >= (cfg.head if age else 1)
     return {"latents": latents, "identity": identity_of(identity, cfg), "audio": audio,
             "predicted": predicted.view(1, -1, 1, 1), "cold": torch.full((1, 1, 1, 1), age == 0)}

@@ -224,10 +224,10 @@ def export(out, config, ema, cfg, before=0):
 @torch.no_grad()
 def validate(model, chunks, cfg, device):
     """Eq. 2 of fixed chunks with fixed noise at fixed noise levels -> {sigma: loss}. Only these curves can be compared between steps."""
-    sums = dict.fromkeys(BINS, 0.0)
+    sums, plain = dict.fromkeys(BINS, 0.0), replace(cfg, focus=0.0, lips=0.0, eyes=0.0)
     for i, chunk in enumerate(chunks):
         for sigma in BINS:
-            row = load_row(chunk, replace(cfg, focus=0.0, lips=0.0, eyes=0.0), np.random.default_rng((1, i)), False, False, sigma)
+            row = load_row(chunk, plain, np.random.default_rng((1, i)), False, False, sigma)
             sums[sigma] += teacher_loss(model, None, collate([row], device), cfg, False)[0].item() / len(chunks)
     return sums
 
@@ -305,7 +305,7 @@ def train(cfg, model, vae, pools, val, run, resume=False, device="cpu", rank=0, 
 
 
 def train_step(state, vae, pools, cfg, step, autocast, run, device, rank, world):
-    """One optimiser step on cfg.batch rows, those of this process in groups of cfg.micro. -> numbers for the log"""
+    """One optimiser step on cfg.batch rows, or more of windows, those of this process in groups of cfg.micro. -> numbers for the log"""
     with_pixels = (cfg.temporal > 0 or cfg.face > 0) and step % cfg.pixel_every == 0
     side = 0 if with_pixels or step % cfg.whole == 0 else cfg.window_side
     more = (pools.size // side) ** 2 if side else 1                             # a window costs less: so many more rows
