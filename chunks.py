@@ -139,11 +139,11 @@ def wear_of(vae, chunks, m, device="cpu", codec=None):
     return torch.linalg.lstsq(before.T, after.T).solution.T.float().contiguous()
 
 
-def worn(kappa, wear, rounds, noise):
-    """kappa (C, m, h, w) as if it had been handed over `rounds` times, (C, m, h, w): less detail, and noise, white and in blotches of a quarter of
-    the picture (of the window, if it is one), as colours run. The noise is no codec's: what is not trusted is looked up in z_id. 0.3 was found by
+def worn(kappa, wear, rounds, noise, cells=4):
+    """kappa (C, m, h, w) as if it had been handed over `rounds` times, (C, m, h, w): less detail, and noise, white and in cells x cells blotches,
+    a quarter of the picture each, as colours run. The noise is no codec's: what is not trusted is looked up in z_id. 0.3 was found by
     trying; 0.15 is about what 4 x 4 means are off by after 15 s (LOG.md)."""
-    corner = noise[None, :, 0, :4, :4]                                          # of the head's noise, which nothing else needs; one for all m, or
+    corner = noise[None, :, 0, :cells, :cells]                                  # of the head's noise, which nothing else needs; one for all m, or
     blotches = nnf.interpolate(corner, size=kappa.shape[2:], mode="bilinear")[0, :, None]       # they would average out; (C, 1, h, w)
     less = torch.einsum("cd,dmhw->cmhw", torch.linalg.matrix_power(wear, rounds), kappa)
     return less + rounds ** 0.5 * (0.3 * noise + 0.15 * blotches)
@@ -213,7 +213,8 @@ class Pools:
         cold, deaf = rng.random() < cfg.cold, rng.random() < cfg.deaf
         item = load_row(chunk, cfg, rng, cold, deaf, shift_sigma(rng.random(), cfg.shift), self.codec, side)
         if cfg.worn and not cold:                                               # a portrait has no round behind it; the head's noise is free
-            item["kappa"] = worn(item["kappa"], self.wear, int(rng.integers(cfg.worn + 1)), item["noise"][:, :cfg.head])
+            cells = -(-4 * side // self.size) if side else 4                    # as large in a window as in the whole picture
+            item["kappa"] = worn(item["kappa"], self.wear, int(rng.integers(cfg.worn + 1)), item["noise"][:, :cfg.head], cells)
         return item
 
 

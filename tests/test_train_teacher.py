@@ -297,8 +297,14 @@ def test_a_worn_kappa_is_what_the_codec_would_make_of_it(chunks, vae, pools):
     blotches = once - 0.3 * noise
     assert torch.allclose(blotches, blotches[:, :1], atol=1e-6)                 # they stay for all m latents, and are what white noise has least of:
     assert torch.nn.functional.avg_pool2d(blotches[:, 0], 8).std() > 2 * torch.nn.functional.avg_pool2d(0.3 * noise[:, 0], 8).std()
+    rough = [(worn(0 * noise, wear, 1, noise, cells) - 0.3 * noise)[:, 0, :side, :side].diff(dim=1).square().mean() for noise, cells, side in
+             ((noise, 4, 32), (noise[..., :16, :16], 2, 16), (noise[..., :16, :16], 4, 16))]
+    assert 0.6 < rough[0] / rough[1] < 1.6 and rough[2] > 2 * rough[0]          # a blotch has one size, in a window as in the whole picture
     cfg, seen, inputs = replace(CFG, cold=0.3, worn=2), set(), []
     pools.wear = wear_of(vae, chunks[:2], 3)
+    for row in range(8):
+        one, other = (pools.draw(replace(CFG, cold=0.0, worn=k), 1, row, pools.size // 2) for k in (2, 0))
+        assert any(torch.equal(one["kappa"], worn(other["kappa"], pools.wear, k, one["noise"][:, :3], 2)) for k in range(3))
     for row in range(24):
         one, other = pools.draw(cfg, 1, row), pools.draw(replace(cfg, worn=0), 1, row)
         rounds = [k for k in range(4) if torch.equal(one["kappa"], worn(other["kappa"], pools.wear, k, one["noise"][:, :3]))]
