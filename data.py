@@ -20,6 +20,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 
@@ -136,18 +137,22 @@ def decode(path, size, parser=None, faces=None):
 
 # ---------- a folder of files -> clips, decoded once ----------
 class Copy:
-    """Pictures uint8 (N, H, W, ...), of each the same square cut out, mirrored in every other copy, and brought back to its size; slice by slice.
+    """Pictures uint8 (N, H, W, ...), of each the same part cut out, mirrored in every other copy, and brought back to its size, in another light;
+    slice by slice.
 
-    What a face looks like is learnt from few faces by heart, with the place and the side they were filmed from; a copy is another face."""
+    What a face looks like is learnt from few faces by heart, with the place and the side they were filmed from; a copy is another face: up to a
+    fifth wider or longer, too."""
 
     def __init__(self, pictures, clip):
         rng = np.random.default_rng([*clip.name.encode(), clip.copy])           # of every name its own, always the same
-        side = rng.uniform(0.85, 1)                                             # of the picture's; the mouth stays inside
-        left, top = rng.uniform(0, 1 - side, 2)
-        height, width = pictures.shape[1:3]
-        self.pictures, self.mirrored = pictures, clip.copy % 2 == 1
-        self.size, self.box = (width, height), (left * width, top * height, (left + side) * width, (top + side) * height)
-        self.filter = Image.Resampling.LANCZOS if pictures.ndim == 4 else Image.Resampling.BILINEAR            # a mask must not ring
+        sides = rng.uniform(0.8, 1, 2)                                          # width and height, of the picture's; the mouth stays inside
+        place = rng.uniform(0, 1 - sides)
+        gamma = rng.uniform(0.7, 1.4) * rng.uniform(0.9, 1.1, 3)                # of red, green and blue: brighter or darker, warmer or colder
+        self.pictures, self.mirrored, self.size = pictures, clip.copy % 2 == 1, pictures.shape[2:0:-1]
+        self.box = *(place * self.size), *((place + sides) * self.size)
+        self.filter, self.light = Image.Resampling.BILINEAR, None               # a mask must not ring, and has no colours
+        if pictures.ndim == 4:
+            self.filter, self.light = Image.Resampling.LANCZOS, (255 * np.linspace(0, 1, 256) ** gamma[:, None]).round().ravel().tolist()
 
     def __len__(self):
         return len(self.pictures)
@@ -160,7 +165,7 @@ class Copy:
         left, (x0, y0, x1, y1) = 1 - left - side if self.mirrored else left, self.box
         box = x0 + left * (x1 - x0), y0 + top * (y1 - y0), x0 + (left + side) * (x1 - x0), y0 + (top + side) * (y1 - y0)
         looks = (Image.fromarray(np.array(p)).resize([round(side * n) for n in self.size], self.filter, box) for p in self.pictures[part])
-        return np.stack([np.asarray(p)[:, ::-1 if self.mirrored else 1] for p in looks])
+        return np.stack([np.asarray(p.point(self.light) if self.light else p)[:, ::-1 if self.mirrored else 1] for p in looks])
 
 
 @dataclass(frozen=True)
@@ -336,16 +341,16 @@ def face_detector():
 
 
 def write_mp4(path, frames, audio):
-    """frames uint8 (T, H, W, 3) at 25 fps and sound int16 (640 T,) -> an H.264 + AAC file"""
+    """frames uint8 (T, S, S, 3) at 25 fps and sound int16 (640 T,) -> an H.264 + AAC file. One thread: the same bytes on every machine."""
     part = path.with_suffix(".part")
     with av.open(str(part), "w", format="mp4") as file:
-        video = file.add_stream("libx264", FPS, options={"crf": "16"})
+        video = file.add_stream("libx264", FPS, options={"crf": "15", "preset": "veryfast", "threads": "1"})
         voice = file.add_stream("aac", RATE, layout="mono")
-        video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        video.width, video.height, video.pix_fmt, voice.bit_rate = frames.shape[2], frames.shape[1], "yuv420p", 96000
         for picture in frames:
-            file.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            file.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         sound = av.AudioFrame.from_ndarray(audio[None], format="s16", layout="mono")
-        sound.sample_rate = RATE
+        sound.sample_rate, sound.time_base, sound.pts = RATE, Fraction(1, RATE), 0      # without a time it would begin late
         file.mux([*video.encode(), *voice.encode(sound), *voice.encode()])
     part.replace(path)
 

@@ -16,12 +16,10 @@ import signal
 import sys
 import time
 import zlib
-from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
 from zipfile import BadZipFile
 
-import av
 import numpy as np
 import soundfile
 import torch
@@ -29,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from data import FORMATS
+from data import FORMATS, write_mp4
 from drawn import BROWS, OVAL, Puppet, draw_face, smoothstep
 
 # ----------------------------------------------------------------------------------------------------- config
@@ -116,7 +114,7 @@ def blink_curve(rng, frames):
 def life(rng, frames, energy, yaw=0.0):
     """Head, eyes and brows: smooth random motion that rises a little with speech energy (frames,) in [0, 1]. Returns a dict of (frames,): yaw pitch
     roll (rad), lid (0-1), tx ty brow gaze_x gaze_y (eye distances). `yaw` (rad): how far the portrait is turned; heads prefer to turn back."""
-    size, more, nod = rng.uniform(.7, 1.3), .75 + .5 * energy, .03 * (energy - energy.mean())
+    size, more, nod = rng.uniform(.1, 1.3), .75 + .5 * energy, .03 * (energy - energy.mean())
     def motion(amount, slow, fast, limit, bias=0.0):
         noise = smooth_noise(rng, frames, slow) + .35 * smooth_noise(rng, frames, fast)
         return np.clip(size * amount * more * noise + bias, -limit, limit)
@@ -131,8 +129,8 @@ def life(rng, frames, energy, yaw=0.0):
 
 
 # ------------------------------------------------------------------------------------------------------ faces
-def read_portraits(folder):
-    """Usable portraits: lips closed, eyes open, heads not turned far. Dicts: path, name, lm, yaw, pitch, sex, look.
+def read_portraits(folder, lips):
+    """Usable portraits: gap between the lips in [lips[0], lips[1]), eyes open, heads not turned far. Dicts: path, name, lm, yaw, pitch, sex, look.
     Raises FileNotFoundError without portraits.npz, ValueError if nothing in it is usable."""
     table = next((d / "portraits.npz" for d in (folder, folder.parent) if (d / "portraits.npz").is_file()), 0)
     if not table:
@@ -143,14 +141,14 @@ def read_portraits(folder):
             d["sex"] = f["sex_est"] if "sex_est" in f else np.full(len(d["gap"]), "")
     except BROKEN as e:
         raise ValueError(f"{table} is broken or no table of portraits: {e}") from None
-    keep = (d["gap"] < .035) & (np.abs(d["yaw"]) < 18) & (np.abs(d["pitch"]) < 18) & (d["eye_open"] > .20)
+    keep = (d["gap"] >= lips[0]) & (d["gap"] < lips[1]) & (np.abs(d["yaw"]) < 18) & (np.abs(d["pitch"]) < 18) & (d["eye_open"] > .20)
     path = lambda i: folder / str(d["name"][i])
     some = [dict(path=path(i), name=path(i).stem, lm=d["lm"][i].astype(float), yaw=float(d["yaw"][i]), pitch=float(d["pitch"][i]),
                  sex=str(d["sex"][i])) for i in np.flatnonzero(keep) if path(i).is_file()]
     found = [face | {"look": look(*load_face(face))} for face in some if fits(*load_face(face))]
     print(f"portraits: {len(found)} ({len(some) - len(found)} left out: no clear mouth line, or brows on the lids)")
     if not found:
-        raise ValueError(f"no usable portrait in {folder}: lips must be closed (gap < 0.035) and eyes open")
+        raise ValueError(f"no usable portrait in {folder}: lips must be {lips[0]:g} to {lips[1]:g} eye distances apart, eyes open")
     return found
 
 
@@ -299,21 +297,6 @@ def loudness(audio, frames):
 
 
 # ------------------------------------------------------------------------------------------------------ clips
-def write_mp4(path, frames, audio):
-    """frames (N, S, S, 3) uint8, audio (N * 640,) float32 -> H.264 + AAC. One thread: same bytes."""
-    with av.open(str(path), "w", format="mp4") as out:
-        video = out.add_stream("libx264", rate=FPS, options={"crf": "15", "preset": "veryfast", "threads": "1"})
-        video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        sound = out.add_stream("aac", rate=RATE, layout="mono")
-        sound.bit_rate = 96000
-        for image in frames:
-            out.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
-        wave = av.AudioFrame.from_ndarray(audio[None], format="fltp", layout="mono")
-        wave.sample_rate, wave.time_base, wave.pts = RATE, Fraction(1, RATE), 0
-        out.mux(sound.encode(wave))
-        out.mux([*video.encode(None), *sound.encode(None)])
-
-
 def make_clip(job):
     """Make one clip; job: an entry of plan(). Runs in a worker process."""
     torch.set_num_threads(1)
@@ -340,7 +323,7 @@ def make_clip(job):
     base, part = (Path(job["out"]) / name for name in (job["name"], "." + job["name"]))      # hidden: data.py passes over what is half written
     np.savez_compressed(part.with_suffix(".npz"), mask=mask, **{k: np.asarray(v, np.float32) for k, v in arrays.items()})
     part.with_suffix(".json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
-    write_mp4(part.with_suffix(".mp4"), video, audio)
+    write_mp4(part.with_suffix(".mp4"), video, (audio * 32767).round().astype(np.int16))
     base.with_suffix(".mp4").unlink(missing_ok=True)        # an old video never stands under new labels
     for end in (".npz", ".json", ".mp4"):                   # the mp4 last: a clip that has one is complete
         os.replace(part.with_suffix(end), base.with_suffix(end))
@@ -357,17 +340,23 @@ def is_made(base, job):
         raise ValueError(f"{base}.json does not describe a clip: remove it") from None
 
 
+def divide(items, name, rng):
+    """-> who is held out and who is not, each shuffled: by a hash of the name, 8 %, at least 1 of 2. Neither a seed nor who else is there has a
+    say, or one folder would train on whom another holds out."""
+    rank = {name(x): zlib.crc32(name(x).encode()) for x in items}
+    items, few = sorted(items, key=lambda x: rank[name(x)]), sum(h < .08 * 2 ** 32 for h in rank.values())
+    few = min(max(few, 1), len(items) - 1)
+    return [[part[i] for i in rng.permutation(len(part))] for part in (items[:few], items[few:])]
+
+
 def plan(args, faces, speakers):
     """Decide clip k from the seed and k alone: more clips leave the first as they are. Returns (jobs, split). Every 12th is validation, with faces
-    and speakers of its own, the same for every seed. A face with look-alikes (alike, in its part of the split) is morphed in half of its clips."""
+    and speakers of its own (divide). A face with look-alikes (alike, in its part of the split) is morphed in half of its clips."""
     rng, jobs, split = np.random.default_rng(args.seed), [], {"train": [], "val": []}
-    cut = lambda items: max(1, round(.08 * len(items))) if len(items) > 1 else 0  # how many are held out: those of the lowest hashes,
-    ranked = lambda items, name: sorted(items, key=lambda x: zlib.crc32(name(x).encode()))       # whatever the seed, or two folders would leak
-    mixed = lambda items: [part[i] for part in (items[:cut(items)], items[cut(items):]) for i in rng.permutation(len(part))]
-    faces, voices = mixed(ranked(faces, lambda face: face["name"])), mixed(ranked(speakers, str))
+    faces, voices = divide(faces, lambda face: face["name"], rng), divide(speakers, str, rng)
     for k in range(args.clips):
-        part = "val" if k % 12 == 5 and cut(faces) and cut(voices) else "train"
-        pool, said = (x[:cut(x)] if part == "val" else x[cut(x):] for x in (faces, voices))
+        part = "val" if k % 12 == 5 and faces[0] and voices[0] else "train"
+        pool, said = (x[part == "train"] for x in (faces, voices))
         n, r = len(split[part]), np.random.default_rng([args.seed, k, 0])
         a = pool[n % len(pool)]
         others = [pool[i] for i in r.permutation(len(pool)) if alike(a, pool[i])]
@@ -406,8 +395,9 @@ def run(args):
     """Plan, make what is missing, report. Raises OSError or ValueError for bad input."""
     speakers = read_speech(args.speech)
     drawn = lambda i: dict(path=None, seed=[args.seed, i], name=f"drawn{args.seed}_{i}", yaw=0., pitch=0., sex="", look=0.)
-    faces = map(drawn, range(DRAWN)) if args.portraits == "drawn" else read_portraits(Path(args.portraits))
+    faces = map(drawn, range(DRAWN)) if args.portraits == "drawn" else read_portraits(Path(args.portraits), args.lips)
     jobs, split = plan(args, list(faces), speakers)
+    jobs = [job for job in jobs if args.part == "all" or job["name"] in split[args.part]]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "split.json.part").write_text(json.dumps(split), encoding="utf-8")
     os.replace(args.out / "split.json.part", args.out / "split.json")
@@ -418,7 +408,7 @@ def run(args):
     else:
         with get_context("spawn").Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:        # Ctrl-C is the parent's
             list(tqdm(pool.imap_unordered(make_clip, todo), **bar))
-    print(f"clips: {len(jobs)} ({len(todo)} made now, {len(split['val'])} for validation)")
+    print(f"clips: {len(jobs)} ({len(todo)} made now, {sum(job['name'] in split['val'] for job in jobs)} for validation)")
     if todo:
         print(f"frames_per_second: {len(todo) * jobs[0]['frames'] / (time.time() - start):.1f} (with {args.workers} workers)")
     report(args.out, jobs)
@@ -431,6 +421,8 @@ def main(argv=None):
     parser.add_argument("--out", required=True, type=Path, default=argparse.SUPPRESS, help="folder for the clips")
     parser.add_argument("--clips", type=int, default=100, help="number of clips in the end, those already there included")
     parser.add_argument("--seconds", type=float, default=15.36, help="length of a clip; 15 s hold 15 chunks of 33 frames")
+    parser.add_argument("--part", choices=("all", "train", "val"), default="all", help="make only the clips of this part of the plan")
+    parser.add_argument("--lips", type=float, nargs=2, default=(0, .12), help="portraits whose lips are this far apart, eye distances")
     parser.add_argument("--size", type=int, default=128, help="pixels of the square frame, a multiple of 8")
     parser.add_argument("--seed", type=int, default=0, help="decides everything: same seed, same clips")
     parser.add_argument("--workers", type=int, default=1, help="processes; the clips do not depend on it")

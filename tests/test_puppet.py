@@ -230,8 +230,8 @@ def test_morph_keeps_the_mesh_on_the_face():
 
 def test_flash_and_click_stay_together(tmp_path):
     """Sound and picture are written in step: a click in frame 30 is decoded within one frame of its flash."""
-    frames, audio = np.zeros((50, 64, 64, 3), np.uint8), np.zeros(50 * 640, np.float32)
-    frames[30], audio[30 * 640 + 320] = 255, .9
+    frames, audio = np.zeros((50, 64, 64, 3), np.uint8), np.zeros(50 * 640, np.int16)
+    frames[30], audio[30 * 640 + 320] = 255, 30000
     puppet.write_mp4(tmp_path / "clip.mp4", frames, audio)
     with av.open(str(tmp_path / "clip.mp4")) as f:
         light = [v.to_ndarray(format="gray").mean() for v in f.decode(video=0)]
@@ -261,15 +261,24 @@ def test_more_clips_leave_the_first_ones_as_they_are():
     assert len(morphs) > 15 and max(abs(f["yaw"]) for pair in morphs for f in pair) < 8
 
 
-def test_no_seed_trains_on_what_another_holds_out():
-    """Folders of several seeds are trained on together: who is held out by one must be by all, or figures are of faces known by heart."""
+def test_no_folder_trains_on_what_another_holds_out():
+    """Folders of several seeds and choices of portraits are trained on together: who is held out by one must be by all, or figures are of faces
+    known by heart."""
     faces = [dict(path=None, seed=i, name=f"f{i}", yaw=0., pitch=0., sex="", look=0.) for i in range(60)]
     seen = {"train": set(), "val": set()}
     for seed in range(4):
-        jobs, split = puppet.plan(Namespace(seed=seed, clips=200, seconds=2, size=64, out=Path()), faces, {f"s{i}": [] for i in range(30)})
+        args = Namespace(seed=seed, clips=200, seconds=2, size=64, out=Path())
+        jobs, split = puppet.plan(args, faces[10 * seed:], {f"s{i}": [] for i in range(30)})
         for part, names in split.items():
             seen[part] |= {x for j in jobs if j["name"] in names for x in (j["speaker"], *(f["name"] for f in j["faces"]))}
-    assert len(seen["val"]) == 5 + 2 and not seen["val"] & seen["train"]
+    assert {x[0] for x in seen["val"]} == {"f", "s"} and len(seen["val"]) < 15 and not seen["val"] & seen["train"]
+
+
+def test_a_single_face_is_trained_on():
+    """Of two faces one is held out, of one none: a folder without training clips is of no use."""
+    for count, held_out in (1, 0), (2, 1), (200, 15):
+        a, b = puppet.divide([f"face {i}" for i in range(count)], str, np.random.default_rng(0))
+        assert (len(a), len(b)) == (held_out, count - held_out)
 
 
 def test_morphs_are_made_of_faces_that_look_alike():
