@@ -164,15 +164,19 @@ class LinearCodec:
 
     @torch.no_grad()
     def __init__(self, vae, videos, device="cpu"):
-        """videos: list of (1, 3, T, H, W); device: the VAE's."""
-        self.matrices = []
+        """videos: list of (1, 3, T, H, W); device: the VAE's. -> .matrices; .missing, the share of these latents' variance that they do not give."""
+        self.matrices, left, variance = [], 0.0, 0.0
         pairs = [(blocks(v), vae.encode(v.to(device)).cpu().movedim(1, -1)) for v in videos]
         for part in (slice(0, 1), slice(1, None)):                              # the first latent is special: see vae.py
-            square, product = torch.eye(769).double(), torch.zeros(769, pairs[0][1].shape[-1]).double()
+            square, product, total = torch.eye(769).double(), torch.zeros(769, pairs[0][1].shape[-1]).double(), 0.0
             for x, y in ((x[:, part].flatten(0, 3).double(), y[:, part].flatten(0, 3).double()) for x, y in pairs):
                 x = torch.cat([x, torch.ones(len(x), 1)], 1)                    # (n, 769)
-                square, product = square + x.T @ x, product + x.T @ y
-            self.matrices.append(torch.linalg.solve(square, product).float())   # (769, C)
+                square, product, total = square + x.T @ x, product + x.T @ y, total + y.square().sum(0)
+            matrix = torch.linalg.solve(square, product)                        # (769, C)
+            left += (total - (matrix * product).sum(0)).sum().item()
+            variance += (total - product[-1].square() / square[-1, -1]).sum().item()            # the last row is a constant: sums and a count
+            self.matrices.append(matrix.float())
+        self.missing = left / variance
 
     def encode(self, video):
         """(1, 3, T, H, W) -> (C, F, h, w)"""

@@ -244,8 +244,7 @@ def strip(model, vae, chunks, cfg, device, path, steps=20, guidance=3.0):
             picked = video[0, :, np.linspace(0, chunk.length - 1, 8).astype(int)]                   # (3, 8, H, W)
             rows.append(picked.permute(2, 1, 3, 0).flatten(1, 2))                                   # (H, 8 W, 3)
     if path:                                                                    # None: another process writes it
-        image = Image.fromarray(((torch.cat(rows) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
-        save_picture(path, image)
+        save_picture(path, Image.fromarray(((torch.cat(rows) + 1) * 127.5).round().clamp(0, 255).byte().numpy()))
 
 
 def learning_rate(step, cfg):
@@ -404,6 +403,8 @@ def prepare(args, cfg, device, rank, world):
         val += [chunk for chunk in held_out if chunk.row == 0]
     some, new = sum(folders, []), [chunk for chunk in sum(folders, []) if chunk.fresh]
     codec = LinearCodec(vae, [pixels(c.clip.frames[c.start:c.start + c.length]) for c in new[::-(-len(new) // 48)]], device) if new else None
+    if new and codec.missing > 0.1:
+        raise ValueError(f"--fresh: the encoder is not linear enough, {codec.missing:.0%} of its latents' variance would be missing")
     wear = wear_of(vae, some[::-(-len(some) // 8)], cfg.head, device, codec) if cfg.worn else None
     return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders), wear, codec), val
 

@@ -204,6 +204,8 @@ def test_a_linear_encoder_is_its_own_codec(clips):
     assert (codec.encode(video) - encode(video)[0]).abs().max() < 0.05          # 64 first blocks a clip for 768 numbers: nearly
     assert (codec.encode(video) - encode(video)[0])[:, 1:].abs().max() < 0.02
     assert torch.allclose(codec.still(video[:, :, :1], 9), codec.encode(still), atol=1e-5)
+    bent = LinearCodec(Namespace(encode=lambda video: (9 * encode(video)).sin()), videos)
+    assert codec.missing < 5e-3 < 0.5 < bent.missing < 1.01
 
 
 def test_a_fresh_chunk_is_another_cut_at_every_draw(clips, vae, tmp_path):
@@ -522,7 +524,7 @@ def test_two_processes_have_the_losses_of_one(folder):
         port = free.getsockname()[1]
     options = ["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--out", str(folder / "out"), "--preset", "debug",
                "--device", "cpu", "--steps", "2", "--chunks", "0", "--cold", "0.3", "--no-bf16", "--batch", "4", "--micro", "2",
-               "--temporal", "0.1", "--worn", "2", "--fresh", "1", "--window-side", "2", "--pixel-every", "2"]
+               "--temporal", "0.1", "--worn", "2", "--window-side", "2", "--pixel-every", "2"]
     tt.main([*options, "--run-dir", str(folder / "run1")])
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train_teacher.py"), *options, "--run-dir", str(folder / "run2")]
@@ -538,6 +540,14 @@ def test_two_processes_have_the_losses_of_one(folder):
     with safe_open(folder / "run1/checkpoint.safetensors", "pt") as one, safe_open(folder / "run2/checkpoint.safetensors", "pt") as two:
         assert set(one.keys()) == set(two.keys())
         assert all(torch.allclose(one.get_tensor(k), two.get_tensor(k), atol=1e-4) for k in one.keys() if k.startswith("ema."))
+
+
+def test_fresh_clips_need_a_linear_encoder(folder, capsys):
+    """Law: two matrices that are not the encoder (a random one is bent) are refused before hours are spent on latents that nothing decodes."""
+    with pytest.raises(SystemExit) as stop:
+        tt.main(["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--run-dir", str(folder / "bent"), "--preset", "debug",
+                 "--device", "cpu", "--chunks", "0", "--fresh", "1"])
+    assert stop.value.code == 2 and "not linear" in capsys.readouterr().err and not (folder / "bent/checkpoint.safetensors").exists()
 
 
 @pytest.mark.parametrize("script", ["train_teacher", "distill_student"])
