@@ -141,7 +141,7 @@ def wear_of(vae, chunks, m, device="cpu", codec=None):
 
 def worn(kappa, wear, rounds, noise, cells=4):
     """kappa (C, m, h, w) as if it had been handed over `rounds` times, (C, m, h, w): less detail, and noise, white and in cells x cells blotches,
-    a quarter of the picture each, as colours run. The noise is no codec's: what is not trusted is looked up in z_id. 0.3 was found by
+    a quarter of the picture's side each, as colours run. The noise is no codec's: what is not trusted is looked up in z_id. 0.3 was found by
     trying; 0.15 is about what 4 x 4 means are off by after 15 s (LOG.md)."""
     corner = noise[None, :, 0, :cells, :cells]                                  # of the head's noise, which nothing else needs; one for all m, or
     blotches = nnf.interpolate(corner, size=kappa.shape[2:], mode="bilinear")[0, :, None]       # they would average out; (C, 1, h, w)
@@ -164,19 +164,18 @@ class LinearCodec:
 
     @torch.no_grad()
     def __init__(self, vae, videos, device="cpu"):
-        """videos: list of (1, 3, T, H, W); device: the VAE's. -> .matrices; .missing, the share of these latents' variance that they do not give."""
-        self.matrices, left, variance = [], 0.0, 0.0
-        pairs = [(blocks(v), vae.encode(v.to(device)).cpu().movedim(1, -1)) for v in videos]
-        for part in (slice(0, 1), slice(1, None)):                              # the first latent is special: see vae.py
-            square, product, total = torch.eye(769).double(), torch.zeros(769, pairs[0][1].shape[-1]).double(), 0.0
-            for x, y in ((x[:, part].flatten(0, 3).double(), y[:, part].flatten(0, 3).double()) for x, y in pairs):
+        """videos: (1, 3, T, H, W) each; device: the VAE's. -> .matrices; .missing, the share of these latents' variance that they do not give."""
+        square, product, total = [torch.eye(769).double() for _ in range(2)], [0.0, 0.0], [0.0, 0.0]
+        for video in videos:
+            pair = blocks(video), vae.encode(video.to(device)).cpu().movedim(1, -1)
+            for i, part in enumerate((slice(0, 1), slice(1, None))):            # the first latent is special: see vae.py
+                x, y = (z[:, part].flatten(0, 3).double() for z in pair)
                 x = torch.cat([x, torch.ones(len(x), 1)], 1)                    # (n, 769)
-                square, product, total = square + x.T @ x, product + x.T @ y, total + y.square().sum(0)
-            matrix = torch.linalg.solve(square, product)                        # (769, C)
-            left += (total - (matrix * product).sum(0)).sum().item()
-            variance += (total - product[-1].square() / square[-1, -1]).sum().item()            # the last row is a constant: sums and a count
-            self.matrices.append(matrix.float())
-        self.missing = left / variance
+                square[i], product[i], total[i] = square[i] + x.T @ x, product[i] + x.T @ y, total[i] + y.square().sum(0)
+        found = [torch.linalg.solve(s, p) for s, p in zip(square, product)]     # (769, C)
+        rest = sum((t - (w * (p + w)).sum(0)).sum() for t, w, p in zip(total, found, product))      # + w: of the 1 on the diagonal
+        variance = sum((t - p[-1].square() / (s[-1, -1] - 1)).sum() for t, p, s in zip(total, product, square))    # last row: sums, and how many
+        self.matrices, self.missing = [w.float() for w in found], (rest / variance).item()
 
     def encode(self, video):
         """(1, 3, T, H, W) -> (C, F, h, w)"""

@@ -140,12 +140,12 @@ class Copy:
     """Pictures uint8 (N, H, W, ...), of each the same part cut out, mirrored in every other copy, and brought back to its size, in another light;
     slice by slice.
 
-    What a face looks like is learnt from few faces by heart, with the place and the side they were filmed from; a copy is another face: up to a
-    fifth wider or longer, too."""
+    What a face looks like is learnt from few faces by heart, with the place and the side they were filmed from; a copy is another face, up to a
+    quarter wider or a sixth longer."""
 
     def __init__(self, pictures, clip):
         rng = np.random.default_rng([*clip.name.encode(), clip.copy])           # of every name its own, always the same
-        sides = rng.uniform(0.8, 1, 2)                                          # width and height, of the picture's; the mouth stays inside
+        sides = rng.uniform((0.8, 0.85), 1)                                     # width and height, of the picture's; the mouth stays inside
         place = rng.uniform(0, 1 - sides)
         gamma = rng.uniform(0.7, 1.4) * rng.uniform(0.9, 1.1, 3)                # of red, green and blue: brighter or darker, warmer or colder
         self.pictures, self.mirrored, self.size = pictures, clip.copy % 2 == 1, pictures.shape[2:0:-1]
@@ -341,7 +341,7 @@ def face_detector():
 
 
 def write_mp4(path, frames, audio):
-    """frames uint8 (T, S, S, 3) at 25 fps and sound int16 (640 T,) -> an H.264 + AAC file. One thread: the same bytes on every machine."""
+    """frames uint8 (T, S, S, 3) at 25 fps and sound int16 (640 T,) -> an H.264 + AAC file. One thread: the same bytes every time."""
     part = path.with_suffix(".part")
     with av.open(str(part), "w", format="mp4") as file:
         video = file.add_stream("libx264", FPS, options={"crf": "15", "preset": "veryfast", "threads": "1"})

@@ -33,6 +33,7 @@ from drawn import BROWS, OVAL, Puppet, draw_face, smoothstep
 # ----------------------------------------------------------------------------------------------------- config
 FPS, RATE = 25, 16000           # frame i shows time (i + 0.5) / 25 s and has the samples [640 i, 640 (i + 1))
 GAP = 0.27  # inner-lip gap at opening 1, eye distances (real speakers: 0.05-0.25 on open vowels)
+SLIT = 0.12     # gap of a portrait's lips that drawn.py can close, eye distances
 DRAWN = 400     # drawn faces to choose from; not a function of --clips, or more clips would change the first
 BROKEN = ValueError, KeyError, EOFError, BadZipFile, zlib.error  # what np.load says of a file that is no .npz
 PLANNED = ("identity", "speaker", "seed", "size", "frames")    # what tells a clip of one plan from another
@@ -341,8 +342,8 @@ def is_made(base, job):
 
 
 def divide(items, name, rng):
-    """-> who is held out and who is not, each shuffled: by a hash of the name, 8 %, at least 1 of 2. Neither a seed nor who else is there has a
-    say, or one folder would train on whom another holds out."""
+    """-> who is held out and who is not, each shuffled: names with a hash in the lowest 8 %. Neither a seed nor who else is there has a say, or one
+    folder would train on whom another holds out. Only where no hash is that low, the lowest is taken: at least 1 of 2."""
     rank = {name(x): zlib.crc32(name(x).encode()) for x in items}
     items, few = sorted(items, key=lambda x: rank[name(x)]), sum(h < .08 * 2 ** 32 for h in rank.values())
     few = min(max(few, 1), len(items) - 1)
@@ -353,10 +354,10 @@ def plan(args, faces, speakers):
     """Decide clip k from the seed and k alone: more clips leave the first as they are. Returns (jobs, split). Every 12th is validation, with faces
     and speakers of its own (divide). A face with look-alikes (alike, in its part of the split) is morphed in half of its clips."""
     rng, jobs, split = np.random.default_rng(args.seed), [], {"train": [], "val": []}
-    faces, voices = divide(faces, lambda face: face["name"], rng), divide(speakers, str, rng)
+    (new_faces, faces), (new_voices, voices) = divide(faces, lambda face: face["name"], rng), divide(speakers, str, rng)
     for k in range(args.clips):
-        part = "val" if k % 12 == 5 and faces[0] and voices[0] else "train"
-        pool, said = (x[part == "train"] for x in (faces, voices))
+        part = "val" if k % 12 == 5 and new_faces and new_voices else "train"
+        pool, said = (new_faces, new_voices) if part == "val" else (faces, voices)
         n, r = len(split[part]), np.random.default_rng([args.seed, k, 0])
         a = pool[n % len(pool)]
         others = [pool[i] for i in r.permutation(len(pool)) if alike(a, pool[i])]
@@ -397,7 +398,8 @@ def run(args):
     drawn = lambda i: dict(path=None, seed=[args.seed, i], name=f"drawn{args.seed}_{i}", yaw=0., pitch=0., sex="", look=0.)
     faces = map(drawn, range(DRAWN)) if args.portraits == "drawn" else read_portraits(Path(args.portraits), args.lips)
     jobs, split = plan(args, list(faces), speakers)
-    jobs = [job for job in jobs if args.part == "all" or job["name"] in split[args.part]]
+    if args.part != "all" and not (jobs := [job for job in jobs if job["name"] in split[args.part]]):
+        raise ValueError(f"--part {args.part}: none of {args.clips} clips; every 12th, from the 6th on, is val, of two faces and voices or more")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "split.json.part").write_text(json.dumps(split), encoding="utf-8")
     os.replace(args.out / "split.json.part", args.out / "split.json")
@@ -419,10 +421,10 @@ def main(argv=None):
     parser.add_argument("--portraits", default="drawn", help="folder of portraits and portraits.npz, or `drawn`: painted ones")
     parser.add_argument("--speech", type=Path, default=Path(__file__).resolve().parent / "assets" / "speech", help="folder of *.flac with phones")
     parser.add_argument("--out", required=True, type=Path, default=argparse.SUPPRESS, help="folder for the clips")
-    parser.add_argument("--clips", type=int, default=100, help="number of clips in the end, those already there included")
+    parser.add_argument("--clips", type=int, default=100, help="number of clips in the end, those already there included (of both parts, see --part)")
     parser.add_argument("--seconds", type=float, default=15.36, help="length of a clip; 15 s hold 15 chunks of 33 frames")
     parser.add_argument("--part", choices=("all", "train", "val"), default="all", help="make only the clips of this part of the plan")
-    parser.add_argument("--lips", type=float, nargs=2, default=(0, .12), help="portraits whose lips are this far apart, eye distances")
+    parser.add_argument("--lips", type=float, nargs=2, default=(0, SLIT), metavar=("FROM", "TO"), help="which portraits: lip gap, eye distances")
     parser.add_argument("--size", type=int, default=128, help="pixels of the square frame, a multiple of 8")
     parser.add_argument("--seed", type=int, default=0, help="decides everything: same seed, same clips")
     parser.add_argument("--workers", type=int, default=1, help="processes; the clips do not depend on it")
@@ -430,6 +432,8 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if min(args.clips, args.workers) < 1 or args.seed < 0 or not 1 <= args.seconds <= 3600 or args.size < 32 or args.size % 8:
         parser.error("need --clips, --workers >= 1, --seconds 1-3600, --seed >= 0, --size 32, 40, 48, ...")
+    if not 0 <= args.lips[0] < args.lips[1] <= SLIT:
+        parser.error(f"--lips FROM TO must rise, from 0 to {SLIT}: wider gaps cannot be closed")
     try:
         run(args)
     except (OSError, ValueError, KeyError, soundfile.SoundFileError) as e:

@@ -392,19 +392,21 @@ def prepare(args, cfg, device, rank, world):
             print(model.load_state_dict(tensors) if ours else load_wan_checkpoint(model, tensors))
         except RuntimeError as error:
             raise ValueError(f"--init {args.init} is another network: {' '.join(str(error).split())[:200]}") from None
-    folders, val = [], []
-    for folder, cache, fresh in zip(args.data, args.cache or [None] * len(args.data), args.fresh or [0] * len(args.data), strict=True):
-        parts = ("all", "all") if cfg.chunks else ("train", "val")              # all: learnt by heart, and validated on the same
-        clips, held_out = (ClipFolder(folder, config["size"], part, cache).clips[:cfg.chunks or None] for part in parts)
-        held_out = held_out[::-(-len(held_out) * len(args.data) // cfg.val)]
-        clips, held_out = (encode_clips(some, vae, encoder, args.run / "cache", cfg, device, rank, world, new)
-                           for some, new in ((clips, fresh), (held_out, False)))
-        folders.append(clips[:cfg.chunks or None])
-        val += [chunk for chunk in held_out if chunk.row == 0]
-    some, new = sum(folders, []), [chunk for chunk in sum(folders, []) if chunk.fresh]
-    codec = LinearCodec(vae, [pixels(c.clip.frames[c.start:c.start + c.length]) for c in new[::-(-len(new) // 48)]], device) if new else None
+    parts, fresh = ("all", "all") if cfg.chunks else ("train", "val"), args.fresh or [0] * len(args.data)      # all: learnt by heart, validated
+    found = [[ClipFolder(folder, config["size"], part, cache).clips[:cfg.chunks or None] for part in parts]     # on the same
+             for folder, cache in zip(args.data, args.cache or [None] * len(args.data), strict=True)]
+    new, folders, val = [clip for (clips, _), anew in zip(found, fresh) if anew for clip in clips], [], []
+    few = (pixels(clip.frames[:min(cfg.frames, (clip.length - 1) // 4 * 4 + 1)]) for clip in new[::-(-len(new) // 48) or 1])
+    codec = LinearCodec(vae, few, device) if new else None
     if new and codec.missing > 0.1:
         raise ValueError(f"--fresh: the encoder is not linear enough, {codec.missing:.0%} of its latents' variance would be missing")
+    for (clips, held_out), anew in zip(found, fresh):
+        held_out = held_out[::-(-len(held_out) * len(args.data) // cfg.val)]
+        clips, held_out = (encode_clips(some, vae, encoder, args.run / "cache", cfg, device, rank, world, new)
+                           for some, new in ((clips, anew), (held_out, False)))
+        folders.append(clips[:cfg.chunks or None])
+        val += [chunk for chunk in held_out if chunk.row == 0]
+    some = sum(folders, [])
     wear = wear_of(vae, some[::-(-len(some) // 8)], cfg.head, device, codec) if cfg.worn else None
     return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders), wear, codec), val
 

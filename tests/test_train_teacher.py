@@ -542,12 +542,19 @@ def test_two_processes_have_the_losses_of_one(folder):
         assert all(torch.allclose(one.get_tensor(k), two.get_tensor(k), atol=1e-4) for k in one.keys() if k.startswith("ema."))
 
 
-def test_fresh_clips_need_a_linear_encoder(folder, capsys):
-    """Law: two matrices that are not the encoder (a random one is bent) are refused before hours are spent on latents that nothing decodes."""
+def test_fresh_clips_need_a_linear_encoder(folder, capsys, monkeypatch):
+    """Law: two matrices that are not the encoder (a random one is bent) are refused before anything is encoded. Others are part of a checkpoint."""
+    options = ["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--out", str(folder / "bent/out"), "--preset", "debug",
+               "--device", "cpu", "--chunks", "0", "--fresh", "1", "--window-side", "2", "--worn", "2", "--batch", "2", "--steps", "1"]
     with pytest.raises(SystemExit) as stop:
-        tt.main(["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--run-dir", str(folder / "bent"), "--preset", "debug",
-                 "--device", "cpu", "--chunks", "0", "--fresh", "1"])
-    assert stop.value.code == 2 and "not linear" in capsys.readouterr().err and not (folder / "bent/checkpoint.safetensors").exists()
+        tt.main([*options, "--run-dir", str(folder / "bent")])
+    assert stop.value.code == 2 and "not linear" in capsys.readouterr().err and not (folder / "bent").exists()
+    monkeypatch.setattr(tt, "LinearCodec", type("Trusted", (LinearCodec,), {"missing": property(lambda self: 0, lambda self, value: None)}))
+    tt.main([*options, "--run-dir", str(folder / "bent")])
+    monkeypatch.setattr(tt, "train_step", None)                                 # the one step is made: resumed, there is nothing left to do
+    tt.main([*options, "--run-dir", str(folder / "bent"), "--resume"])
+    with safe_open(folder / "bent/checkpoint.safetensors", "pt") as file:
+        assert [file.get_slice(f"codec.{i}").get_shape() for i in (0, 1)] == [[769, 16]] * 2
 
 
 @pytest.mark.parametrize("script", ["train_teacher", "distill_student"])
