@@ -3,7 +3,7 @@
     python evaluate.py --generated DIR --real DIR                        videos against the real ones of the same name -> report/
     python evaluate.py --weights weights/tiny --data CLIPS               generates for the held-out clips of a folder first
     python evaluate.py --weights weights/tiny --data CLIPS --long 600    and one video of ten minutes: the drift report
-    python evaluate.py train-proxies --data CLIPS                        trains the stand-ins for official networks (proxies.py)
+    python evaluate.py train-proxies --data CLIPS                        trains the stand-ins for official networks (train_proxies.py)
 
 Every video goes through once, in pieces of 5 s, so ten minutes need no more memory than five seconds. Beside the videos stand their bounds, measured
 alike: the real clips, the VAE's reconstruction of them (with --weights), and a frozen first frame, which an honest sync metric must punish.
@@ -31,6 +31,7 @@ from tqdm import tqdm
 import infer
 import metrics
 import proxies
+import train_proxies
 from checkpoint import write_json
 from data import FPS, HOP, PICTURES, VIDEOS, media_files, read_audio, read_video, sidecar_text, split_of, square_crop
 from metrics import box_of
@@ -61,23 +62,6 @@ def squares(path, size):
         box = square_crop(width, height)
         same = (height, width) == (size, size)
         yield picture if same else np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS, box))
-
-
-def vae_frames(vae, frames, length):
-    """Frames encoded and decoded in chunks of `length`: what no generator that writes latents of this VAE can beat."""
-    def reconstruct(chunk):
-        full = chunk + chunk[-1:] * (-(len(chunk) - 1) % 4)                     # 4k + 1 of them
-        video = torch.from_numpy(np.stack(full)).permute(3, 0, 1, 2)[None] / 127.5 - 1
-        with torch.no_grad():
-            return infer.to_uint8(vae.decode(vae.encode(video.to(vae.stats.device)))[0])[:len(chunk)]
-    chunk = []
-    for frame in frames:
-        chunk.append(frame)
-        if len(chunk) == length:
-            yield from reconstruct(chunk)
-            chunk = []
-    if chunk:
-        yield from reconstruct(chunk)
 
 
 def pieces(frames):
@@ -141,7 +125,7 @@ class Bench:
         if item.how == "frozen":
             first = next(frames)
             return (first for _ in squares(item.video, self.args.size))
-        return vae_frames(self.vae, frames, self.chunk) if item.how == "vae" else frames
+        return proxies.vae_frames(self.vae, frames, self.chunk) if item.how == "vae" else frames
 
     def identity(self, frames, box):
         """-> what the identity networks see: {"identity": (T, 512), "proxy_identity": (T, 64)}, features (T, 96) or None."""
@@ -437,7 +421,7 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)                   # kill is Ctrl-C
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train-proxies"]:
-        return proxies.main(argv[1:])
+        return train_proxies.main(argv[1:])
     args = build_parser().parse_args(argv)
     try:
         run(args, argv)

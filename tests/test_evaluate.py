@@ -16,7 +16,8 @@ import evaluate as E
 import infer
 import metrics
 import proxies
-from data import HOP, write_mp4
+import train_proxies
+from data import HOP, ClipFolder, write_mp4
 from report import summarise
 
 SIDE = 64
@@ -209,6 +210,32 @@ def test_proxies_are_trained_by_one_command(shelf, tmp_path, capsys):
     assert json.loads((tmp_path / "a" / "proxies.json").read_text(encoding="utf-8"))["config"]["sync_steps"] == 1
 
 
+class Dimmer(torch.nn.Module):
+    """Stands in for the VAE: what comes out is half as bright, so that one sees which frames went through it, and in what company."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("stats", torch.zeros(1))
+        self.seen = []
+
+    def encode(self, video):
+        self.seen.append(video.shape[2])
+        return video
+
+    def decode(self, latents):
+        return (latents - 1) / 2
+
+
+def test_proxies_see_what_the_codec_leaves(shelf, tmp_path):
+    """A coded copy has the frames that come out of the VAE, in chunks as they are generated; its sound, mask and truth are the clip's. Made once."""
+    clips, vae = ClipFolder(shelf / "real", SIDE, "all", tmp_path).clips, Dimmer()
+    copy, = train_proxies.coded_copies(clips, 1, vae, 33)
+    assert vae.seen == [33, 33, 17] and copy.path == clips[0].path and copy.length == clips[0].length == 80     # 80 - 66 = 14, made 4k + 1
+    assert np.abs(np.float32(copy.frames) - np.float32(clips[0].frames) / 2).max() <= 1
+    assert np.array_equal(copy.audio, clips[0].audio) and np.array_equal(copy.mask, clips[0].mask)
+    assert len(train_proxies.coded_copies(clips, 9, vae, 33)) == 3 and len(vae.seen) == 9           # the first one was there
+
+
 def test_a_blink_is_seen_against_the_moments_around_it():
     """A narrow eye and a shut one look alike in one picture: the lids of a frame are read off the frames 0.16 s before and after it as well, the lips
     off the frame alone."""
@@ -228,8 +255,8 @@ def test_one_man_in_many_clips_is_one_person(monkeypatch):
     def clip(who, colour):
         return SimpleNamespace(identity=who, path=Path("/no.mp4"), frames=np.full((10, 8, 8, 3), colour, np.uint8), length=10)
     red, blue = ([clip(name, np.roll([200 + 9 * k, 60, 10], turn)) for k in range(3)] for name, turn in (("red", 0), ("blue", 1)))
-    monkeypatch.setattr(proxies, "read_identity", lambda net, frames, box: (frames.mean((1, 2)) / 255, frames.mean((1, 2))))
-    alone, among = proxies.identity_scale(None, red, []), proxies.identity_scale(None, red, blue)
+    monkeypatch.setattr(train_proxies, "read_identity", lambda net, frames, box: (frames.mean((1, 2)) / 255, frames.mean((1, 2))))
+    alone, among = train_proxies.identity_scale(None, red, []), train_proxies.identity_scale(None, red, blue)
     assert np.isnan(alone["auc_same_above_other"]) and among["auc_same_above_other"] == 1 and (alone["people"], among["people"]) == (1, 2)
     shades = np.array([c.frames[0, 0, 0] for c in red]) / 255
     pairs = shades @ shades.T

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import metrics as M
 import proxies as P
+import train_proxies as T
 from data import HOP, RATE
 
 # ------------------------------------------------------------------------------------------------------------- SyncNet
@@ -156,7 +157,7 @@ def test_sync_ranks_real_above_late_above_another_sound():
             now.setdefault(name, []).append(M.sync_scores(*pair, padded=False)["sync_now"])
     mean = {k: np.mean(v) for k, v in now.items()}
     assert mean["real"] > 2 * max(v for k, v in mean.items() if k != "real") and abs(mean["frozen"]) < 0.1 * mean["real"]
-    assert P.auc(now["real"], now["late 2"]) == 1
+    assert T.auc(now["real"], now["late 2"]) == 1
 
 
 def test_training_brings_matching_lips_and_sound_together():
@@ -165,7 +166,7 @@ def test_training_brings_matching_lips_and_sound_together():
     net, clips = M.SyncNet(M.SyncNetConfig(80, (8,) * 6, (8,) * 6, 8, "mouth")), [talker(i, 30) for i in range(2)]
     optimizer, losses = torch.optim.AdamW(net.parameters(), lr=1e-2), []
     for _ in range(8):
-        losses.append(P.sync_loss(net, clips, np.random.default_rng(0), takes=2, moments=6))
+        losses.append(T.sync_loss(net, clips, np.random.default_rng(0), takes=2, moments=6))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
@@ -316,7 +317,7 @@ def test_a_seam_and_a_tint_are_seen_where_they_are(face):
 
 def test_blur_lowers_sharpness(face):
     """The first thing that goes in a drifting video is detail."""
-    assert M.sharpness(P.blurred(face[None], 2), M.FACE_BOX) < 0.8 * M.sharpness(face[None], M.FACE_BOX)
+    assert M.sharpness(T.blurred(face[None], 2), M.FACE_BOX) < 0.8 * M.sharpness(face[None], M.FACE_BOX)
 
 
 def test_correlation_over_speech_frames_with_a_lag():
@@ -368,4 +369,4 @@ def test_proxies_are_only_what_they_say(tmp_path):
 
 def test_auc_is_the_chance_to_be_right():
     """1 when good and bad never meet, 0.5 when they are the same."""
-    assert P.auc([2, 3], [0, 1]) == 1 and P.auc([1, 1], [1, 1]) == 0.5 and P.auc([0, 2], [1]) == 0.5
+    assert T.auc([2, 3], [0, 1]) == 1 and T.auc([1, 1], [1, 1]) == 0.5 and T.auc([0, 2], [1]) == 0.5

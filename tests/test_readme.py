@@ -160,7 +160,8 @@ def settings(old):
 def weights(old):
     rows = []
     for name, code in (("vae", "train_vae.py"), ("wav2vec2/model", "audio.py"), ("teacher", "train_teacher.py"), ("student", "distill_student.py"),
-                       ("proxies/sync", "proxies.py"), ("proxies/identity", "proxies.py"), ("proxies/face", "proxies.py")):
+                       ("proxies/sync", "train_proxies.py"), ("proxies/identity", "train_proxies.py"),
+                       ("proxies/face", "train_proxies.py")):
         path, code = TINY / f"{name}.safetensors", f"`{code}`"
         if not path.is_file():
             rows.append([f"{name}.safetensors", "-", "-", "not here yet", code])
@@ -201,7 +202,8 @@ def proxies(old):
         sync, who, face = (scale.get(k, {}) for k in ("sync", "identity", "face"))
         figures = [(f"sync: real above {case}", row["auc_real_above"], 0.5) for case, row in sync.items() if case != "real"]
         figures += [("identity: same person above another", who.get("auc_same_above_other"), 0.5)]
-        figures += [(f"face: lip gap against {face.get('against')}, correlation", face.get("mouth_correlation"), 0)]
+        figures += [(f"face: lip gap against {face.get('against')}, correlation{how}", face.get(key), 0)
+                    for key, how in (("mouth_correlation", ""), ("mouth_correlation_vae", ", seen through the VAE"))]
         rows += [[f"`{folder}`", *figure] for figure in figures if figure[1] is not None]
     return table(["held-out clips", "proxy", "figure (1 = always right)", "blind"], rows)
 
