@@ -1,6 +1,6 @@
 """Trains the proxies (proxies.py) on clips and measures, on clips that were held out, what they are good for -> weights/tiny/proxies.
 
-    python evaluate.py train-proxies --data PUPPETS GRID --cache CACHE1 CACHE2          about half an hour on one core
+    python evaluate.py train-proxies --data PUPPETS GRID --cache CACHE1 CACHE2          an hour or so of one core, half of it for --coded
     python evaluate.py train-proxies --data PUPPETS GRID --nets face                    one of them anew
     python evaluate.py train-proxies --data PUPPETS GRID --scale-only                   the measurement alone
 
@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -23,12 +24,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from safetensors import safe_open
 from tqdm import tqdm
 
 import metrics
 from checkpoint import write_json, write_safetensors
 from chunks import fingerprint
 from data import HOP, ClipFolder, sidecar_text
+from infer import CHUNK
 from metrics import SMALL, Gaussian, SyncNet, box_of, correlation, face_square, frechet
 from muon import Muon
 from proxies import (
@@ -62,20 +65,32 @@ class ProxyConfig:
 
 
 def coded_copies(clips, count, vae, length):
-    """`count` of the clips (all if there are fewer) once more, as the VAE shows them: Clips whose frames lie beside theirs, made once; path and
-    truth stay. What is measured has mostly been through a decoder, and lips that were never seen soft are read worse there."""
+    """`count` of the clips, evenly spread, or all if there are fewer, once more as the VAE shows them: Clips whose frames lie beside theirs,
+    made once; path and truth stay. What is measured has mostly been through a decoder, and lips never seen soft are read worse there."""
     weights, copies = fingerprint(vae), []
-    for clip in tqdm(clips[::-(-len(clips) // count)] if clips else [], "coding", unit="clip", disable=None):
+    chosen = np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int)
+    for clip in tqdm([clips[i] for i in chosen], "coding", unit="clip", disable=None):
         cache = clip.store.parent / "coded"
         cache.mkdir(exist_ok=True)
         store = cache / hashlib.sha256(repr([weights, length, clip.store.name]).encode()).hexdigest()[:24]
         if not store.exists():
             with tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as part:           # written aside, then renamed
-                new = Path(shutil.copytree(clip.store, Path(part) / store.name))
+                new = Path(shutil.copytree(clip.store, Path(part) / store.name, ignore=shutil.ignore_patterns("frames.npy")))
                 np.save(new / "frames.npy", np.stack(list(vae_frames(vae, np.array(clip.frames), length))))
-                new.rename(store)
+                with suppress(OSError):                                                     # another run was quicker: its frames are the same
+                    new.rename(store)
         copies.append(replace(clip, store=store))
     return copies
+
+
+def lessons(parts, count, vae, length):
+    """Clips of all folders (a list each) to draw from: every folder as often as another, in it what the VAE leaves as often as what there was."""
+    whole = []
+    for part in parts:
+        copies = coded_copies(part, count, vae, length) if count else []
+        also = copies * round(len(part) / max(1, len(copies)))
+        whole += (part + also) * round(max(map(len, parts)) / max(1, len(part)))
+    return whole
 
 
 def recolour(rng, pictures, amount=0.3):
@@ -177,8 +192,16 @@ def train_network(kind, clips, cfg, out):
         if step % 50 == 49 or step == steps - 1:
             print(f"proxy {kind} step {step + 1:5d}/{steps} | loss {np.mean(seen[-50:]):.4f} | lr {rate:.1e}", flush=True)
     state = {k: v.half() if v.ndim > 1 else v for k, v in net.state_dict().items()}         # batch norm's variances would not fit into 16 bits
-    write_safetensors(out / f"{kind}.safetensors", state, {"proxy": kind, "config": json.dumps(asdict(SMALL) if kind == "sync" else {})})
+    how = {"steps": steps, "coded": cfg.coded, "lr": cfg.lr, "seed": cfg.seed, "clips": len({c.path for c in clips})}
+    write_safetensors(out / f"{kind}.safetensors", state, {"proxy": kind, "config": json.dumps(asdict(SMALL) if kind == "sync" else {}),
+                                                           "training": json.dumps(how)})
     return load_network(out / f"{kind}.safetensors")                                        # rounded: what is measured is what is shipped
+
+
+def training_of(path):
+    """What train_network wrote beside the weights of a proxy: its steps and settings."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata().get("training", "{}"))
 
 
 # ----------------------------------------------------------------------------------------------------------------- scale
@@ -256,7 +279,8 @@ def face_scale(net, clips, coded=()):
     if lids:
         true, seen, shut, found = (np.concatenate(x) for x in zip(*lids))
         near = [np.abs(np.subtract.outer(a, b)) <= 3 for _, _, a, b in lids]         # a blink seen within 3 frames of a true one is right
-        out |= {"lids_correlation": np.corrcoef(true, seen)[0, 1], "blinks_true": len(shut), "blinks_seen": len(found),
+        out |= {"lids_correlation": np.corrcoef(true, seen)[0, 1]} if true.std() * seen.std() > 0 else {}       # nobody blinks: nothing to say
+        out |= {"blinks_true": len(shut), "blinks_seen": len(found),
                 "blinks_recall": sum(x.any(1).sum() for x in near) / max(1, len(shut)),
                 "blinks_precision": sum(x.any(0).sum() for x in near) / max(1, len(found))}
     out |= {"faces_seen": np.mean(np.array(faces) > 0.5), "faces_seen_where_none_is": np.mean(np.array(chaos) > 0.5)}
@@ -270,8 +294,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py train-proxies", description=__doc__.split("\n")[0])
     parser.add_argument("--data", nargs="+", required=True, help="folders of clips; those with puppets' sidecars teach lips and lids")
     parser.add_argument("--cache", nargs="*", help="where the decoded frames are kept, one for every data folder (FOLDER/.cache-128)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights" / "tiny" / "proxies", help="their folder")
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights" / "tiny", help="where the VAE lies (%(default)s)")
+    parser.add_argument("--out", type=Path, help="their folder (WEIGHTS/proxies)")
     parser.add_argument("--nets", nargs="+", choices=list(CLASSES), default=list(CLASSES), help="which networks to train (all)")
     parser.add_argument("--scale-only", action="store_true", help="train nothing: measure the proxies in --out on the held-out clips")
     parser.add_argument("--clips", type=int, default=40, help="held-out clips of a folder for the scale (%(default)s)")
@@ -287,31 +311,32 @@ def main(argv=None):
                    for c in ClipFolder(folder, 128, part, args.cache[i] if args.cache else None).clips if c.length >= 20 and len(c.audio)]
                   for i, folder in enumerate(args.data)] for part in ("train", "val")]
         cfg, begin = ProxyConfig(**{f.name: getattr(args, f.name) for f in fields(ProxyConfig)}), time.time()
-        if cfg.coded:
-            vae, length = load_vae(args.weights), json.loads((args.weights / "config.json").read_text(encoding="utf-8"))["frames"]
-        for part in parts[0] if cfg.coded and not args.scale_only else []:
-            copies = coded_copies(part, cfg.coded, vae, length)
-            part += copies * round(len(part) / max(1, len(copies)))
-        train = [clip for part in parts[0] for clip in part * round(max(map(len, parts[0])) / max(1, len(part)))]   # folders weigh alike
-        print(f"{len(train)} clips to train on, {[len(x) for x in parts[1]]} held out | {cfg}", flush=True)
-        nets = load_proxies(args.out)
-        for kind in [] if args.scale_only else args.nets:
-            labelled = [c for c in train if kind != "face" or len(true_curves(c.path)) == 2]
-            if len({c.identity for c in labelled}) < 2:
+        out, kinds = args.out or args.weights / "proxies", [] if args.scale_only else args.nets
+        held, nets = [part[:args.clips] for part in parts[1]], load_proxies(out)
+        if cfg.coded < 0 or max(map(len, held)) < 2 or not kinds and not nets:
+            raise ValueError(f"--coded {cfg.coded} must be 0 or more, a folder must hold out two clips ({[len(x) for x in held]}), "
+                             f"and --scale-only needs proxies in {out}")
+        vae, about = load_vae(args.weights) if cfg.coded else None, args.weights / "config.json"
+        length = int(json.loads(about.read_text(encoding="utf-8")).get("frames", CHUNK)) if cfg.coded else CHUNK
+        useful = {kind: [[c for c in part if kind != "face" or len(true_curves(c.path)) == 2] for part in parts[0]] for kind in kinds}
+        for kind, some in useful.items():                                           # all looked at before the first hour is spent
+            if len({c.identity for part in some for c in part}) < 2:
                 raise ValueError(f"the {kind} proxy needs clips of two people" + (" with puppets' sidecars (gap, blink)" if kind == "face" else ""))
-            nets[kind] = train_network(kind, labelled, cfg, args.out)
-        held = [part[:args.clips] for part in parts[1]]
+        print(f"{[len(x) for x in parts[0]]} clips to train on, {[len(x) for x in parts[1]]} held out | {cfg}", flush=True)
+        for kind, some in useful.items():
+            nets[kind] = train_network(kind, lessons(some, cfg.coded, vae, length), cfg, out)
         strangers = lambda clips: [c for part in held if part is not clips for c in part]
         through = lambda clips: coded_copies(clips, len(clips), vae, length) if cfg.coded else []
         scales = {"sync": sync_scale, "identity": lambda net, clips: identity_scale(net, clips, strangers(clips)),
                   "face": lambda net, clips: face_scale(net, clips, through(clips))}
         scale = {Path(folder).resolve().name: {kind: scales[kind](net, clips) for kind, net in nets.items()}
                  for folder, clips in zip(args.data, held) if len(clips) > 1}
+        report = {"training": {kind: training_of(out / f"{kind}.safetensors") for kind in nets}, "minutes": round((time.time() - begin) / 60, 1),
+                  "threads": torch.get_num_threads(), "scale": scale}
+        write_json(out / "proxies.json", report)
     except (ValueError, OSError, KeyboardInterrupt) as error:
         parser.exit(2 if str(error) else 130, f"evaluate.py train-proxies: {str(error) or 'stopped; finished networks are kept'}\n")
-    report = {"config": asdict(cfg), "minutes": round((time.time() - begin) / 60, 1), "threads": torch.get_num_threads(), "scale": scale}
-    write_json(args.out / "proxies.json", report)
-    print(f"{json.dumps(scale, indent=1)}\nproxies: {args.out}\nminutes: {report['minutes']}")
+    print(f"{json.dumps(scale, indent=1)}\nproxies: {out}\nminutes: {report['minutes']}")
 
 
 if __name__ == "__main__":

@@ -197,17 +197,49 @@ def test_generating_first(shelf, tmp_path):
 
 
 def test_proxies_are_trained_by_one_command(shelf, tmp_path, capsys):
-    """From a folder of clips to weights, their scale and their settings, in one program; the same seed gives the same weights."""
+    """From a folder of clips to weights, their settings and their scale, in one program; the same seed gives the same weights. To measure them
+    again trains nothing and changes no word of how they were trained."""
+    clips = Path(shutil.copytree(shelf / "real", tmp_path / "clips"))
+    talker(clips / "t3.mp4", 3)
+    (clips / "split.json").write_text('{"train": ["t0", "t1"], "val": ["t2", "t3"]}', encoding="utf-8")
+    command = ["train-proxies", "--data", str(clips), "--cache", str(tmp_path / "cache"), "--coded", "1"]
     for out in ("a", "b"):
-        E.main(["train-proxies", "--data", str(shelf / "real"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / out), "--clips", "2",
-                "--sync-steps", "1", "--identity-steps", "2", "--face-steps", "1"])
+        E.main([*command, "--out", str(tmp_path / out), "--sync-steps", "1", "--identity-steps", "2", "--face-steps", "1"])
     one, two = (proxies.load_proxies(tmp_path / out) for out in "ab")
     assert set(one) == {"sync", "identity", "face"}
     for kind in one:
         assert all(torch.equal(a, b) for a, b in zip(one[kind].state_dict().values(), two[kind].state_dict().values()))
         stored = load_file(tmp_path / "a" / f"{kind}.safetensors")                  # 16 bits for weights; variances of batch norm would overflow
         assert all((v.dtype == torch.float16) == (v.ndim > 1) for v in stored.values())
-    assert json.loads((tmp_path / "a" / "proxies.json").read_text(encoding="utf-8"))["config"]["sync_steps"] == 1
+    said = json.loads((tmp_path / "a" / "proxies.json").read_text(encoding="utf-8"))
+    assert said["training"]["face"] == {"steps": 1, "coded": 1, "lr": 2e-3, "seed": 0, "clips": 2} and said["training"]["identity"]["steps"] == 2
+    assert set(said["scale"]["clips"]) == {"sync", "identity", "face"} and "mouth_correlation_vae" in said["scale"]["clips"]["face"]
+    before = {f.name: f.read_bytes() for f in (tmp_path / "a").glob("*.safetensors")}
+    E.main([*command, "--out", str(tmp_path / "a"), "--scale-only", "--coded", "0"])
+    again = json.loads((tmp_path / "a" / "proxies.json").read_text(encoding="utf-8"))
+    assert again["training"] == said["training"] and "mouth_correlation_vae" not in again["scale"]["clips"]["face"]
+    assert before == {f.name: f.read_bytes() for f in (tmp_path / "a").glob("*.safetensors")}
+    for wrong in (["--out", str(tmp_path / "none"), "--scale-only"], ["--coded", "-1"], ["--clips", "1"]):
+        with pytest.raises(SystemExit) as stop:
+            E.main([*command, "--out", str(tmp_path / "a"), *wrong])
+        assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()[-1:]) == 1
+
+
+def test_the_bound_goes_through_the_same_file(tmp_path):
+    """A generated video has been H.264 before it is measured, and its grain counts as sharpness. So the VAE's frames are written and read, too."""
+    rng = np.random.default_rng(0)
+    soft = np.kron(rng.integers(60, 200, (20, 8, 8, 3)), np.ones((1, SIDE // 8, SIDE // 8, 1))).astype(np.uint8)
+    bench = SimpleNamespace(args=SimpleNamespace(size=SIDE), vae=None, chunk=33)
+    talker(tmp_path / "real.mp4", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proxies, "vae_frames", lambda vae, frames, length: iter(soft))
+        seen = np.stack(list(E.Bench.frames(bench, E.Item("real", tmp_path / "real.mp4", how="vae"))))
+    writer = infer.Mp4Writer(tmp_path / "made.mp4", SIDE, np.zeros(20 * HOP, np.float32))
+    writer.write(soft)
+    writer.close()
+    written = np.stack(list(E.squares(tmp_path / "made.mp4", SIDE)))
+    off = lambda frames: np.abs(np.float32(seen) - frames).mean()                   # the encoder is not the same to the last bit every time
+    assert off(written) < 0.1 < 0.5 < off(soft)
 
 
 class Dimmer(torch.nn.Module):
@@ -234,6 +266,11 @@ def test_proxies_see_what_the_codec_leaves(shelf, tmp_path):
     assert np.abs(np.float32(copy.frames) - np.float32(clips[0].frames) / 2).max() <= 1
     assert np.array_equal(copy.audio, clips[0].audio) and np.array_equal(copy.mask, clips[0].mask)
     assert len(train_proxies.coded_copies(clips, 9, vae, 33)) == 3 and len(vae.seen) == 9           # the first one was there
+    assert len(train_proxies.coded_copies([*clips, *clips[:2]], 4, vae, 33)) == 4
+    vae.stats += 1                                                                  # another VAE: nothing of it is there yet
+    assert len({c.store for v in (vae, Dimmer()) for c in train_proxies.coded_copies(clips, 3, v, 33)}) == 6
+    parts = train_proxies.lessons([clips, clips[:1]], 1, vae, 33)
+    assert [sum(c.store == clips[0].store for c in parts), len(parts)] == [1 + 3, 12]               # 3 + 3 copies of one; 3 x (1 + 1 copy)
 
 
 def test_a_blink_is_seen_against_the_moments_around_it():
