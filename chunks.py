@@ -11,8 +11,6 @@ Stage 1 draws single chunks (Pools), stage 2 follows films in the making from ch
 Shapes: B batch, T pixel frames, F = 1 + (T-1)/4 latent frames, C channels, H W pixels, h w latent grid, L A audio layers and width.
 """
 import hashlib
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as nnf
 from tqdm import tqdm
 
-from data import Clip
+from data import Clip, keep_arrays
 from dit import shift_sigma
 from tre import temporal_reference_encoding
 
@@ -110,14 +108,7 @@ def encode_clips(clips, vae, encoder, cache, cfg, device="cpu", rank=0, world=1,
     if not chunks:
         raise ValueError(f"none of {len(clips)} clips has sound and more than {4 * cfg.head} frames")
     for clip, store, starts, pictures, T in tqdm(jobs, "encoding", unit="clip", disable=None if rank == 0 else True):
-        arrays = encode_clip(clip, starts, pictures, T, vae, encoder, device, cfg.encode_bf16, fresh)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as part:   # written aside, then renamed
-            new = Path(part) / store.name
-            new.mkdir()
-            for name, array in arrays.items():
-                np.save(new / f"{name}.npy", array)
-            with suppress(OSError):                                             # another run was quicker: its arrays are the same
-                new.rename(store)
+        keep_arrays(store, encode_clip(clip, starts, pictures, T, vae, encoder, device, cfg.encode_bf16, fresh))
     if world > 1:
         dist.barrier()
     return chunks

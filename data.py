@@ -186,20 +186,25 @@ class Clip:
         return Copy(array, self) if self.copy else array
 
 
+def keep_arrays(store, arrays):
+    """name -> array, into store/NAME.npy. Written aside, then renamed: two processes may do one."""
+    with tempfile.TemporaryDirectory(dir=store.parent, prefix=".part-") as part:
+        new = Path(part) / store.name
+        new.mkdir()
+        for name, array in arrays.items():
+            np.save(new / f"{name}.npy", array)
+        with suppress(OSError):         # another process was quicker: its arrays are the same
+            new.rename(store)
+
+
 def cached(path, cache, size, parser=None, faces=None):
-    """The folder in `cache` of a file's arrays; new file, sidecar or settings: decoded. Written aside, then renamed: two processes may do one."""
+    """The folder in `cache` of a file's arrays; new file, sidecar or settings: decoded."""
     sidecar = path.with_suffix(".npz")
     stamps = [(f.stat().st_size, f.stat().st_mtime_ns) for f in (path, sidecar) if f.exists()]
     key = [1, str(path.resolve()), *stamps, size, *(getattr(f, "__qualname__", f) for f in (parser, faces))]
     final = cache / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     if not final.exists():
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as part:
-            new = Path(part) / final.name
-            new.mkdir()
-            for name, array in zip(("frames", "audio", "mask"), decode(path, size, parser, faces), strict=True):
-                np.save(new / f"{name}.npy", array)
-            with suppress(OSError):     # another process was quicker: its arrays are the same
-                new.rename(final)
+        keep_arrays(final, dict(zip(("frames", "audio", "mask"), decode(path, size, parser, faces), strict=True)))
     return final
 
 

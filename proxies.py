@@ -25,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
+from chunks import pixels
 from data import FPS, HOP
 from infer import to_uint8
 from metrics import SyncNet, SyncNetConfig, correlation, face_square
@@ -135,9 +136,8 @@ def vae_frames(vae, frames, length):
     """Frames encoded and decoded in chunks of `length`: what no generator that writes latents of this VAE can beat."""
     def reconstruct(chunk):
         full = chunk + chunk[-1:] * (-(len(chunk) - 1) % 4)                     # 4k + 1 of them
-        video = torch.from_numpy(np.stack(full)).permute(3, 0, 1, 2)[None] / 127.5 - 1
         with torch.no_grad():
-            return to_uint8(vae.decode(vae.encode(video.to(vae.stats.device)))[0])[:len(chunk)]
+            return to_uint8(vae.decode(vae.encode(pixels(full).to(vae.stats.device)))[0])[:len(chunk)]
     chunk = []
     for frame in frames:
         chunk.append(frame)

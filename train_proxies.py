@@ -11,11 +11,8 @@ import hashlib
 import inspect
 import json
 import re
-import shutil
-import tempfile
 import time
 import warnings
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -30,7 +27,7 @@ from tqdm import tqdm
 import metrics
 from checkpoint import write_json, write_safetensors
 from chunks import fingerprint
-from data import HOP, ClipFolder, sidecar_text
+from data import HOP, ClipFolder, keep_arrays, sidecar_text
 from infer import CHUNK
 from metrics import SMALL, Gaussian, SyncNet, box_of, correlation, face_square, frechet
 from muon import Muon
@@ -74,11 +71,8 @@ def coded_copies(clips, count, vae, length):
         cache.mkdir(exist_ok=True)
         store = cache / hashlib.sha256(repr([weights, length, clip.store.name]).encode()).hexdigest()[:24]
         if not store.exists():
-            with tempfile.TemporaryDirectory(dir=cache, prefix=".part-") as part:           # written aside, then renamed
-                new = Path(shutil.copytree(clip.store, Path(part) / store.name, ignore=shutil.ignore_patterns("frames.npy")))
-                np.save(new / "frames.npy", np.stack(list(vae_frames(vae, np.array(clip.frames), length))))
-                with suppress(OSError):                                                     # another run was quicker: its frames are the same
-                    new.rename(store)
+            frames = np.stack(list(vae_frames(vae, np.array(clip.frames), length)))
+            keep_arrays(store, {"frames": frames, "audio": clip.audio, "mask": clip.mask})
         copies.append(replace(clip, store=store))
     return copies
 
