@@ -127,6 +127,7 @@ class Bench:
         self.proxy = proxies.load_proxies(args.proxies, self.device)
         notes += [f"the {kind} proxy is left out: no {kind}.safetensors in {args.proxies}" for kind in proxies.CLASSES if kind not in self.proxy]
         self.vae = load_vae(args.weights, self.device) if args.weights else None
+        self.ears = proxies.Ears(args.weights, self.device) if args.weights else None
         self.chunk = json.loads((Path(args.weights) / "config.json").read_text("utf-8")).get("frames", infer.CHUNK) if args.weights else infer.CHUNK
         notes += [] if self.vae else ["no --weights given: the VAE's bound is left out, seams are looked for between chunks of 81 frames"]
 
@@ -219,6 +220,9 @@ def measure_video(bench, system, item):
     video = head | {"frames": start} | {key: nanmean([r.get(key, np.nan) for r in rows]) for key in keys}
     if gaps:
         video |= proxies.whole_mouth(rows, np.concatenate(gaps), np.concatenate(lids), truth, sound)
+        if system == "real" and truth["gap"] is not None and bench.ears and bench.ears.head:
+            speech = proxies.speech_frames(truth["phones"], sound, n := min(start, len(truth["gap"])))
+            video["mouth_heard"] = metrics.correlation(bench.ears.opening(sound, n, bench.chunk), truth["gap"][:n], speech)
         if video["faces"] < 0.5:
             notes.append(f"no face in {100 - 100 * video['faces']:.0f} % of the frames: what follows from the face means nothing")
         if truth["gap"] is not None and abs(len(truth["gap"]) - start) > 1:

@@ -24,12 +24,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
+from audio import AudioEncoder
 from chunks import pixels
 from data import FPS, HOP
 from infer import to_uint8
 from metrics import SyncNet, SyncNetConfig, correlation, face_square
-from puppet import GAP
+from puppet import GAP, PHONES
 
 CLOSED = 0.03                   # eye distances: lips closer than this are shut
 
@@ -149,6 +151,26 @@ def vae_frames(vae, frames, length):
 
 
 # ------------------------------------------------------------------------------------------------- what is said, and when
+
+
+class Ears:
+    """What one frame's hidden states tell a linear map of the lips' opening (train_audio.py's head, last row): how well a face of `weights` hears
+    lips. A generator that samples what it does not hear follows, without guidance, by about the square of that. .head: None for ears without one."""
+
+    def __init__(self, weights, device="cpu"):
+        config, path = json.loads((Path(weights) / "config.json").read_text(encoding="utf-8")), Path(weights) / "wav2vec2" / "head.safetensors"
+        try:
+            head = load_file(path) if config.get("audio") == "wav2vec2" and path.is_file() else {}
+            knows = head and len(head["weight"]) == len(head["bias"]) == len(PHONES) + 1          # the phones, and the opening
+        except (SafetensorError, LookupError) as error:
+            raise ValueError(f"{path} is no head of train_audio.py's: {error}") from None
+        self.head = {name: tensor[-1].float().to(device) for name, tensor in head.items()} if knows else None
+        self.encoder = AudioEncoder(path.parent, device) if knows else None
+
+    def opening(self, sound, frames, chunk=81):
+        """sound float (samples,) -> (frames,), 0 shut to 1 open; heard in pieces of `chunk` frames, nothing after a piece."""
+        states = torch.cat([self.encoder.features(sound, start, min(chunk, frames - start)) for start in range(0, frames, chunk)])   # (frames, L, A)
+        return (states.flatten(1) @ self.head["weight"] + self.head["bias"]).cpu().numpy()
 
 
 @lru_cache(maxsize=8)

@@ -55,11 +55,11 @@ GLIDES = {"eɪ": "ɪ", "aɪ": "ɪ", "ɔɪ": "ɪ", "aʊ": "ʊ", "oʊ": "ʊ"}     
 
 
 # ------------------------------------------------------------------------------------------------------ mouth
-def mouth_curves(phones, frames, blur=0.03):
+def mouth_curves(phones, frames, blur=0.03, fps=FPS):
     """Coarticulation: a phone pulls with its weight and a Gaussian tail of `blur` s at both ends. phones: [(start s, end s, label)]; returns
-    (frames, 6) in [0, 1], columns KEYS, at times (i + 0.5) / 25. p, b, m get a real closure on top: 1 within the sound and at the frame nearest its
+    (frames, 6) in [0, 1], columns KEYS, at times (i + 0.5) / fps. p, b, m get a real closure on top: 1 within the sound and at the frame nearest its
     middle, gone in 60 ms. Raises ValueError for a label that is not in PHONES."""
-    t = (np.arange(frames) + .5) / FPS
+    t = (np.arange(frames) + .5) / fps
     pull, total, closed = np.zeros((frames, 6)), np.full((frames, 1), 1e-6), np.zeros(frames)
     outside = lambda a, b, reach: np.maximum(np.abs(t - (a + b) / 2) - reach, 0)  # s from a sound
     for start, end, label in phones:

@@ -23,6 +23,7 @@ METRICS = {                 # key: (digits, name and unit)
     "sync_now": (3, "median - distance at offset 0, by SyncNet"),
     "identity": (4, "identity similarity (ArcFace)"),
     "mouth": (3, "mouth correlation (proxy), speech only"), "mouth_early": (3, "... 1 frame early"), "mouth_late": (3, "... 1 frame late"),
+    "mouth_heard": (3, "... of what the ears say"),
     "gap_pbm": (4, "smallest lip gap at p, b, m (proxy), eye distances"), "closed_pbm": (3, f"share of p, b, m with a gap under {CLOSED} (proxy)"),
     "mouth_sd": (4, "mouth motion in speech (proxy), sd, eye distances"), "mouth_sd_silence": (4, "mouth motion in silence (proxy)"),
     "proxy_sync_now": (3, "sync (proxy): median - distance at offset 0"), "proxy_sync_c": (3, "sync (proxy): median - min"),

@@ -308,3 +308,28 @@ def test_frechet_of_real_against_real_is_of_two_halves():
         sums[name, "proxy_frechet", None].add(rng.standard_normal((200, 4)) + shift)
     real, made = (summarise(name, [], sums)["proxy_frechet"]["mean"] for name in ("real", "made"))
     assert 0 < real < 0.5 and 30 < made < 42
+
+
+def test_what_ears_say_is_read_off_their_last_row(tmp_path):
+    """The sound's bound: one number a frame, by the head's last row; a piece does not hear what comes after it; foreign ears say nothing."""
+    tiny = ROOT / "weights" / "tiny"
+    shutil.copytree(tiny / "wav2vec2", tmp_path / "wav2vec2")
+    config = json.loads((tiny / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    generator = torch.Generator().manual_seed(0)
+    head = {"weight": torch.randn(42, 1024, generator=generator), "bias": torch.arange(42.0)}
+    save_file(head, tmp_path / "wav2vec2" / "head.safetensors")
+    ears, sound = proxies.Ears(tmp_path), np.random.default_rng(0).standard_normal(100 * HOP).astype(np.float32) * 0.1
+    said = ears.opening(sound, 100)
+    expected = ears.encoder.features(sound, 81, 19).flatten(1) @ head["weight"][41] + 41
+    assert said.shape == (100,) and np.abs(said[81:] - expected.numpy()).max() < 1e-3
+    later = sound.copy()
+    later[85 * HOP:] = 0
+    assert np.array_equal(ears.opening(later, 100)[:81], said[:81]) and not np.allclose(ears.opening(later, 100)[81:], said[81:])
+    save_file({name: tensor[:41].clone() for name, tensor in head.items()}, tmp_path / "wav2vec2" / "head.safetensors")
+    assert proxies.Ears(tmp_path).head is None                                  # it knows phones only
+    (tmp_path / "wav2vec2" / "head.safetensors").write_bytes(b"no head")
+    with pytest.raises(ValueError, match="no head of train_audio.py"):
+        proxies.Ears(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"audio": "facebook/wav2vec2-base-960h"}), encoding="utf-8")
+    assert proxies.Ears(tmp_path).head is None

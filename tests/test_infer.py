@@ -246,8 +246,8 @@ def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypat
     assert (files / "me.png").read_bytes()[:4] == b"\x89PNG"                    # no input was written over
 
 
-@pytest.mark.parametrize("command", ["infer", "audio", "puppet", "data cache", "data prepare", "train_vae", "train_teacher", "distill_student",
-                                     "evaluate", "evaluate train-proxies"])
+@pytest.mark.parametrize("command", ["infer", "train_audio", "swap_ears", "puppet", "data cache", "data prepare", "train_vae", "train_teacher",
+                                     "distill_student", "evaluate", "evaluate train-proxies"])
 def test_help_says_what_every_flag_does(command, capsys, monkeypatch):
     """`--help` is the manual of somebody who has read nothing else: every flag has words of its own, none a "(default: None)"."""
     monkeypatch.setenv("COLUMNS", "500")

@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "assets")]                                # as a script there is no conftest.py
 README, TINY = ROOT / "README.md", ROOT / "weights" / "tiny"
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
-FIGURES = ("fid", "fvd", "sync_c", "sync_d", "sync_offset", "identity", "mouth", "gap_pbm", "closed_pbm", "mouth_sd", "mouth_sd_silence",
-           "proxy_sync_now", "proxy_sync_offset", "proxy_identity", "proxy_frechet", "faces", "blinks", "head", "seam", "sharpness", "colour", "fps",
-           "latency")
+FIGURES = ("fid", "fvd", "sync_c", "sync_d", "sync_offset", "identity", "mouth", "mouth_heard", "gap_pbm", "closed_pbm", "mouth_sd",
+           "mouth_sd_silence", "proxy_sync_now", "proxy_sync_offset", "proxy_identity", "proxy_frechet", "faces", "blinks", "head", "seam",
+           "sharpness", "colour", "fps", "latency")
 PAPER = {"fid": "13.72", "fvd": "116.78", "sync_c": "8.11", "sync_d": "7.25", "fps": "66.02"}      # Table 1, HDTF; Figure 6
 MADE = ("talking", "weights/mine", "weights/wan", "weights/tiny/evaluation.json", "weights/tiny/evaluation_grid.json",
         "weights/tiny/evaluation_long.json", "weights/tiny/table4.json", "assets/drift.png",
@@ -159,8 +159,8 @@ def settings(old):
 
 def weights(old):
     rows = []
-    for name, code in (("vae", "train_vae.py"), ("wav2vec2/model", "audio.py"), ("teacher", "train_teacher.py"), ("student", "distill_student.py"),
-                       ("proxies/sync", "train_proxies.py"), ("proxies/identity", "train_proxies.py"),
+    for name, code in (("vae", "train_vae.py"), ("wav2vec2/model", "train_audio.py"), ("teacher", "train_teacher.py"),
+                       ("student", "distill_student.py"), ("proxies/sync", "train_proxies.py"), ("proxies/identity", "train_proxies.py"),
                        ("proxies/face", "train_proxies.py")):
         path, code = TINY / f"{name}.safetensors", f"`{code}`"
         if not path.is_file():
@@ -188,9 +188,12 @@ def vae(old):
 def audio(old):
     found = read_json(TINY / "wav2vec2" / "metrics.json")
     keys = {"phone_accuracy": "phone of a frame", "phone_accuracy_without_silence": "... without silence",
-            "viseme_accuracy": "mouth shape of a frame", "viseme_accuracy_without_silence": "... without silence"}
-    return table([f"small Wav2Vec2, {found['speakers']} unseen speakers, {found['frames']:,} frames", "right"],
-                 [[label, f"{100 * found[key]:.1f} %"] for key, label in keys.items()])
+            "viseme_accuracy": "mouth shape of a frame", "viseme_accuracy_without_silence": "... without silence",
+            "opening_correlation": "how far the lips are open, correlation"}
+    cell = lambda key: "-" if key not in found else f"{found[key]:.3f}" if key.endswith("correlation") else f"{100 * found[key]:.1f} %"
+    return table([f"small Wav2Vec2: {found['speakers']} unseen speakers, {found['frames']:,} frames", "right",
+                  f"GRID's unseen clips, {found.get('clips_frames', 0):,} frames"],
+                 [[label, cell(key), cell(f"clips_{key}")] for key, label in keys.items()])
 
 
 def proxies(old):
