@@ -1,10 +1,12 @@
 """Laws of train_audio.py: labels lie where the sound lies, both halves of the loss teach, training can be interrupted."""
 import json
+import shutil
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 import puppet
 import train_audio
@@ -95,6 +97,12 @@ def test_twenty_steps_learn_and_a_kill_changes_nothing(tmp_path, monkeypatch):
     assert losses[0] > 4 and np.mean(losses[-3:]) < 2.6                 # chance among 41 phones: log 41 = 3.7, and 1 or so of the opening
     figures = train_audio.evaluate(tmp_path / "a", takes)
     assert figures["opening_correlation"] > 0.3                         # a tone of its own opens the mouth: even 20 steps hear that
+    head = load_file(tmp_path / "a" / "head.safetensors")
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    save_file({name: torch.cat([tensor[:-1], -tensor[-1:]]) for name, tensor in head.items()}, tmp_path / "c" / "head.safetensors")
+    opposite = train_audio.evaluate(tmp_path / "c", takes)              # the last row it is, and nothing else
+    assert abs(opposite["opening_correlation"] + figures["opening_correlation"]) < 1e-3
+    assert opposite["phone_accuracy"] == figures["phone_accuracy"]
     batch = train_audio.training_batch
 
     def killed(takes, clips, cfg, rng):
