@@ -329,7 +329,7 @@ def main(argv=None):
         if held_out:
             figures |= {f"clips_{name}": value for name, value in evaluate(args.out, held_out, device).items()
                         if name in ("phone_accuracy", "viseme_accuracy", "opening_correlation", "frames")}
-        figures["command"] = "python train_audio.py --speech DIR --phones DIR" + " --clips DIR" * bool(held_out) + " --evaluate"
+        figures["command"] = "python train_audio.py --speech DIR --phones DIR" + " --clips DIR" * bool(held_out) + " --evaluate --out DIR"
     except (ValueError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
         parser.exit(130 if isinstance(error, KeyboardInterrupt) else 2, f"train_audio.py: {' '.join(str(error).split())[:300] or 'stopped'}\n")
     print("\n".join(f"{name}: {value}" for name, value in figures.items() if "viseme_p" not in name))
