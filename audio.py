@@ -146,6 +146,15 @@ class AudioEncoder:
         wave = F.pad(normalise(sound), (0, (end - begin) * HOP - len(sound)))
         return torch.stack(encode(self.model, wave[None]), 2)[0, start - begin:]        # (frames, L, A)
 
+    def in_chunks(self, audio, frames, chunk=81):
+        """features() of the first `frames` frames, heard as the video model hears them: chunk by chunk, nothing after a chunk. -> (frames, L, A)"""
+        return torch.cat([self.features(audio, start, min(chunk, frames - start)) for start in range(0, frames, chunk)])
+
+
+def encoder_of(weights, name, device="cpu"):
+    """What config.json of a folder of weights calls "audio": "wav2vec2" is the folder of that name in it, all else a hub name. -> AudioEncoder"""
+    return AudioEncoder(Path(weights) / name if name == "wav2vec2" else name, device)
+
 # ------------------------------------------------------------------------------------------------- projection
 
 def latent_windows(features):

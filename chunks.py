@@ -69,11 +69,12 @@ def pixels(frames):
     return torch.from_numpy(np.array(frames)).permute(3, 0, 1, 2)[None] / 127.5 - 1
 
 
-def one_per_folder(args, *names):
-    """ValueError if an option of these names is given and has not a value for each folder of --data."""
+def one_per_folder(args, *names, folders="data"):
+    """ValueError if an option of these names is given and has not a value for each folder of --data, or of another option."""
+    count = len(getattr(args, folders))
     for name in names:
-        if (values := getattr(args, name)) and len(values) != len(args.data):
-            raise ValueError(f"--{name} has {len(values)} values for the {len(args.data)} folders of --data")
+        if (values := getattr(args, name)) and len(values) != count:
+            raise ValueError(f"--{name} has {len(values)} values for the {count} folders of --{folders}")
 
 
 @torch.no_grad()

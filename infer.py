@@ -31,7 +31,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from audio import AudioEncoder, load_audio
+from audio import AudioEncoder, encoder_of, load_audio
 from data import FORMATS, MAX_PIXELS
 from dit import AudioDiT, DiTConfig, sample_student, sample_teacher, student_sigmas
 from tre import IDENTITY, continuity_reference
@@ -98,7 +98,7 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the weights in {folder} do not fit together: {type(error).__name__}: {reason}") from None
-    audio = AudioEncoder(folder / heard if heard == "wav2vec2" else heard, device)             # its errors name the encoder: no second sentence
+    audio = encoder_of(folder, heard, device)                                   # its errors name the encoder: no second sentence
     if (audio.layers, audio.dim) != (dit.config.audio_layers, dit.config.audio_dim):
         raise ValueError(f"the weights in {folder} do not fit together: the generator hears {dit.config.audio_layers} x "
                          f"{dit.config.audio_dim} audio features, the audio encoder makes {audio.layers} x {audio.dim}")

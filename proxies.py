@@ -169,8 +169,7 @@ class Ears:
 
     def opening(self, sound, frames, chunk=81):
         """sound float (samples,) -> (frames,), 0 shut to 1 open; heard in pieces of `chunk` frames, nothing after a piece."""
-        states = torch.cat([self.encoder.features(sound, start, min(chunk, frames - start)) for start in range(0, frames, chunk)])   # (frames, L, A)
-        return (states.flatten(1) @ self.head["weight"] + self.head["bias"]).cpu().numpy()
+        return (self.encoder.in_chunks(sound, frames, chunk).flatten(1) @ self.head["weight"] + self.head["bias"]).cpu().numpy()
 
 
 @lru_cache(maxsize=8)

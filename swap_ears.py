@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from audio import AudioEncoder, AudioProjection
+from audio import AudioEncoder, AudioProjection, encoder_of
 from checkpoint import write_json, write_safetensors
 from chunks import one_per_folder
 from data import ClipFolder
-from infer import pick
+from infer import CHUNK, pick
 from proxies import true_curves
 
 # ----------------------------------------------------------------------------------------------------------------- sound
@@ -106,13 +106,13 @@ def fit(projection, states, labels, steps, reading=None, gaps=None, seed=0):
         optimizer.step()
 
 
-def swap(weights, ears, clips, held_out, steps, device="cpu"):
-    """weights: folder of the face; ears: AudioEncoder; clips, held_out: lists of Clip. -> tensors of the teacher, "dit" of config.json, figures"""
-    config, tensors = json.loads((weights / "config.json").read_text(encoding="utf-8")), load_file(weights / "teacher.safetensors")
+def swap(weights, config, ears, clips, held_out, steps, device="cpu"):
+    """weights: folder of the face, config: its config.json; ears: AudioEncoder; clips, held_out: lists of Clip. -> tensors of the teacher, "dit" of
+    config.json, figures"""
     if "dit" not in config:
         raise ValueError(f"{weights / 'config.json'} knows no \"dit\": there is no trained face here")
-    old_ears = AudioEncoder(weights / "wav2vec2" if config["audio"] == "wav2vec2" else config["audio"], device)
-    T, sizes = config.get("frames", 81), (config["dit"]["dim"], config["dit"]["audio_tokens"], config["dit"]["audio_hidden"])
+    old_ears, tensors = encoder_of(weights, config["audio"], device), load_file(weights / "teacher.safetensors")
+    T, sizes = config.get("frames", CHUNK), (config["dit"]["dim"], config["dit"]["audio_tokens"], config["dit"]["audio_hidden"])
     torch.manual_seed(0)                                                        # where the sizes differ, the new one begins at random
     old, new = (AudioProjection(e.layers, e.dim, *sizes) for e in (old_ears, ears))
     mine = {name[11:]: tensor.float() for name, tensor in tensors.items() if name.startswith("audio_proj.")}
@@ -157,7 +157,7 @@ def main(argv=None):
         ears = AudioEncoder(args.ears, device)
         parts = [[clip for folder, cache in zip(args.data, args.cache or [None] * len(args.data), strict=True)
                   for clip in ClipFolder(folder, config["size"], part, cache).clips] for part in ("train", "val")]
-        tensors, dit, figures = swap(args.weights, ears, *parts, args.steps, device)
+        tensors, dit, figures = swap(args.weights, config, ears, *parts, args.steps, device)
         with safe_open(args.weights / "teacher.safetensors", "pt") as file:
             about = file.metadata() or {}
         other, aside = shutil.ignore_patterns("student*", "teacher*", "wav2vec2", "*.part", "*.json"), args.out.with_name(args.out.name + ".part")

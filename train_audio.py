@@ -28,7 +28,10 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from audio import HOP, RATE, AudioEncoder, encode, load_audio, normalise
+from checkpoint import write_json, write_safetensors
+from chunks import one_per_folder
 from data import ClipFolder
+from infer import pick
 from metrics import correlation
 from proxies import phones_of
 from puppet import divide, lip_opening, mouth_curves, read_phones
@@ -189,8 +192,7 @@ def save_checkpoint(path, nets, optimizer, step, cfg, data):
     tensors = nets.state_dict()
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
-    save_file(tensors, f"{path}.part", {"step": str(step), "config": json.dumps(asdict(cfg)), "data": data})
-    os.replace(f"{path}.part", path)
+    write_safetensors(path, tensors, {"step": str(step), "config": json.dumps(asdict(cfg)), "data": data})
 
 
 def load_checkpoint(path, nets, optimizer, cfg, data):
@@ -276,8 +278,7 @@ def evaluate(out, takes, device="cpu"):
     said, heard, lips = [], [], []
     for take in takes:
         said.append(torch.from_numpy(take.phone[2::4]))                     # the phone in a frame's middle
-        guess = torch.cat([head(encoder.features(take.audio / np.float32(32768), start, min(81, len(said[-1]) - start)).flatten(1)).cpu()
-                           for start in range(0, len(said[-1]), 81)])       # (frames, phones + 1)
+        guess = head(encoder.in_chunks(take.audio / np.float32(32768), len(said[-1])).flatten(1)).cpu()        # (frames, phones + 1)
         heard.append(guess[:, :-1].argmax(-1))
         lips.append(correlation(guess[:, -1].numpy(), take.opening[2::4], said[-1].numpy() > 0))
     said, heard = torch.cat(said), torch.cat(heard)
@@ -310,10 +311,9 @@ def main(argv=None):
         parser.add_argument(f"--{entry.name}", type=entry.type.__origin__, default=entry.default, help=entry.type.__metadata__[0])
     args = parser.parse_args(argv)
     cfg = AudioConfig(**{entry.name: getattr(args, entry.name) for entry in fields(AudioConfig)})
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if args.cache and len(args.cache) != len(args.clips):
-            raise ValueError(f"--cache has {len(args.cache)} values for the {len(args.clips)} folders of --clips")
+        device = pick(args.device, "auto")[0]
+        one_per_folder(args, "cache", folders="clips")
         takes = load_speech(args.speech, args.phones)
         new = set(divide(sorted({take.speaker for take in takes}), str, np.random.default_rng(0))[0])
         heard, unheard = ([take for take in takes if (take.speaker in new) == held_out] for held_out in (False, True))
@@ -336,8 +336,7 @@ def main(argv=None):
     print("spoken " + "".join(f"{name:>6}" for name in VISEMES) + "   <- heard, % of the row")
     for name, row in zip(VISEMES, figures["viseme_percent"]):
         print(f"{name:<7}" + "".join(f"{percent or '.':>6}" for percent in row))
-    (args.out / "metrics.json.part").write_text(json.dumps(figures) + "\n", encoding="utf-8")
-    os.replace(args.out / "metrics.json.part", args.out / "metrics.json")
+    write_json(args.out / "metrics.json", figures)
 
 
 if __name__ == "__main__":

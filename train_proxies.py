@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import metrics
 from checkpoint import write_json, write_safetensors
-from chunks import fingerprint
+from chunks import fingerprint, one_per_folder
 from data import HOP, ClipFolder, keep_arrays, sidecar_text
 from infer import CHUNK
 from metrics import SMALL, Gaussian, SyncNet, box_of, correlation, face_square, frechet
@@ -299,8 +299,7 @@ def main(argv=None):
                             help=f"{meaning[field.name]} [{field.default}]")
     args = parser.parse_args(argv)
     try:
-        if args.cache and len(args.cache) != len(args.data):
-            raise ValueError("--cache wants one folder for every folder of --data")
+        one_per_folder(args, "cache")
         parts = [[[replace(c, identity=sidecar_text(c.path, "identity", str(c.path.parent)))
                    for c in ClipFolder(folder, 128, part, args.cache[i] if args.cache else None).clips if c.length >= 20 and len(c.audio)]
                   for i, folder in enumerate(args.data)] for part in ("train", "val")]

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import dit
 import report
-from audio import AudioEncoder
+from audio import encoder_of
 from checkpoint import (
     gather,
     join,
@@ -383,7 +383,7 @@ def prepare(args, cfg, device, rank, world):
     if cfg.window_side and config["size"] // 8 % cfg.window_side:
         raise ValueError(f"--window-side {cfg.window_side} must divide a picture's {config['size'] // 8} latents of a side")
     vae = load_vae(args.weights, device)
-    encoder = AudioEncoder(args.weights / "wav2vec2" if config["audio"] == "wav2vec2" else config["audio"], device)
+    encoder = encoder_of(args.weights, config["audio"], device)
     torch.manual_seed(cfg.seed)                                                 # the same first weights on every process
     model = AudioDiT(replace(NETWORKS[cfg.network], channels=vae.config.z_dim, audio_layers=encoder.layers, audio_dim=encoder.dim))
     if args.init:

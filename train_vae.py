@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from checkpoint import write_json, write_safetensors
-from chunks import blocks, pixels
+from chunks import blocks, one_per_folder, pixels
 from data import ClipFolder
 from muon import Muon
 from vae import PRESETS, CausalConv3d, ResidualBlock, WanVAE, load_vae
@@ -404,8 +404,7 @@ def main(argv=None):
         parser.add_argument(f"--{field.name.replace('_', '-')}", **kind, help=f"{meaning[field.name]} [{field.default}]")
     args = parser.parse_args(argv)
     try:
-        if args.cache and len(args.cache) != len(args.data):
-            raise ValueError("--cache wants one folder for every folder of --data")
+        one_per_folder(args, "cache")
         folders = [ClipFolder(folder, 128, "val" if args.evaluate else "train", args.cache[i] if args.cache else None, need_audio=False).clips
                    for i, folder in enumerate(args.data)]
         if not any(folders):

@@ -2,6 +2,9 @@
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 WARNINGS = ("error",                                                            # what a library warns of today breaks tomorrow; but
@@ -12,3 +15,12 @@ WARNINGS = ("error",                                                            
 def pytest_configure(config):
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """These networks are so small that a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -21,13 +21,7 @@ from train_audio import new_model
 WEIGHTS = Path(audio.__file__).parent / "weights" / "tiny" / "wav2vec2"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These networks are so small that a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,7 @@ from data import ClipFolder
 from puppet import lip_opening, mouth_curves, read_phones
 from train_audio import AudioConfig
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These networks are so small that a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_viseme_classes_cover_every_phone_once():
