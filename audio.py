@@ -1,13 +1,15 @@
-"""Recording -> Wav2Vec2 hidden states at 25 fps -> the audio tokens of every latent frame. Paper sections 3.1 and 3.2, Eq. 23.
+"""Recording -> hidden states of a speech encoder at 25 fps -> the audio tokens of every latent frame. Paper sections 3.1 and 3.2, Eq. 23.
 
-The DiT never hears a waveform. A frozen Wav2Vec2 turns 16 kHz sound into hidden states, one vector per video frame and layer; a latent is told
+The DiT never hears a waveform. A frozen encoder turns 16 kHz sound into hidden states, one vector per video frame and layer; a latent is told
 about its own frames and two more on each side. In the order of this file:
     load_audio          any file -> 16 kHz mono
-    AudioEncoder        8 s of sound -> (frames, layers, dim); stretched to 25 fps *before* the transformer
+    AudioEncoder        8 s of sound -> (frames, layers, dim)
     AudioProjection     5 or 8 neighbouring frames -> S tokens per latent; trained together with the DiT
-The full-size preset uses facebook/wav2vec2-base-960h, the tiny one a small network of the same class: train_audio.py trains it. Nothing runs here.
+The full-size preset hears with facebook/wav2vec2-base-960h, as the paper does; the tiny one with the smaller encoder of openai/whisper-tiny.en, cut
+to three layers and trained on by train_audio.py. Nothing runs here.
 Shapes: B batch, T pixel frames, F latent frames, S tokens per latent, L layers, A width of a hidden state.
 """
+from functools import lru_cache, partial
 from pathlib import Path
 
 import av
@@ -17,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-RATE = 16000                # samples a second, what every Wav2Vec2 expects
+RATE = 16000                # samples a second, what every Wav2Vec2 and Whisper expects
 FPS = 25                    # video frames a second
 HOP = RATE // FPS           # samples of one video frame: frame i owns samples [640 i, 640 (i+1))
 CONTEXT = 8 * FPS           # frames the encoder hears at most, back from the end of the frames asked for
@@ -95,27 +97,53 @@ def transformer_states(model, features):
     return states[:-1] + [encoder.layer_norm(hidden)] if norm_last else states      # large ones last
 
 
+@lru_cache(maxsize=1)
+def log_mel():
+    """Whisper's own front: sound -> 80 mel bands, 100 looks a second, log10 of the power, (x + 4) / 4, at most 8 decades under the loudest."""
+    from transformers import WhisperFeatureExtractor  # here: the import takes seconds
+
+    return partial(WhisperFeatureExtractor(), sampling_rate=RATE, padding="do_not_pad", truncation=False, return_tensors="pt")
+
+
+def whisper_states(model, wave):
+    """wave (B, samples), normalised -> L tensors (B, samples / 320, A): as the encoder's forward(), but that wants its full 30 s and no less."""
+    with torch.autocast(wave.device.type, enabled=False):                   # decibels need more than 8 bits
+        mel = log_mel()(list((0.1 * wave).cpu().numpy()))["input_features"].to(wave.device)      # 0.1: as loud as recordings usually are
+    hidden = F.gelu(model.conv2(F.gelu(model.conv1(mel)))).transpose(1, 2)                  # (B, samples / 320, A), 50 a second
+    hidden, states = F.dropout(hidden + model.embed_positions.weight[:hidden.shape[1]], model.dropout, model.training), []
+    for layer in model.layers:
+        hidden = layer(hidden, None)
+        states.append(hidden)
+    return states[:-1] + [model.layer_norm(hidden)]
+
+
 def encode(model, wave):
-    """wave (B, 640 T), normalised -> L tensors (B, T, A), an entry per video frame."""
+    """wave (B, 640 T), normalised -> L tensors (B, T, A), an entry per video frame.
+
+    Wav2Vec2 is stretched to 25 fps before the transformer, as other talking heads do it. Whisper knows by heart where it is, every 20 ms: two states
+    make a frame."""
+    if model.config.model_type == "whisper":
+        return [states.unflatten(1, (-1, 2)).mean(2) for states in whisper_states(model, wave)]
     features = model.feature_extractor(wave)                                # (B, conv width, ~2T) at 50 Hz
     features = F.interpolate(features, size=wave.shape[-1] // HOP, mode="linear", align_corners=True)
     return transformer_states(model, features.transpose(1, 2))
 
 
 class AudioEncoder:
-    """A frozen Wav2Vec2Model from a local folder (config.json, model.safetensors) or by its hub name.
+    """A frozen Wav2Vec2 or the encoder of a Whisper, from a local folder (config.json, model.safetensors) or by its hub name.
 
     .layers L and .dim A are the sizes of features(). ValueError / FileNotFoundError if it does not load."""
 
     def __init__(self, name_or_path, device="cpu"):
         from huggingface_hub import constants, get_session  # here: the imports take seconds
-        from transformers import Wav2Vec2Model, logging
+        from transformers import AutoConfig, Wav2Vec2Model, logging
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
         folder = Path(name_or_path)
         if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
             raise FileNotFoundError(f"no such folder of audio weights: {folder}")
         for name in ("config.json", "model.safetensors"):
             if folder.exists() and not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no Wav2Vec2: {name} is missing")
+                raise FileNotFoundError(f"{folder} holds no audio encoder: {name} is missing")
         logging.set_verbosity_error()                       # else it lists what is left over (base-960h has a
         logging.disable_progress_bar()                      # head for letters), and draws bars
         try:
@@ -124,13 +152,17 @@ class AudioEncoder:
         except Exception:                                   # whatever httpx calls it: only a name fetched before
             here = True                                     # can be loaded now
         try:
-            model, found = Wav2Vec2Model.from_pretrained(
-                str(name_or_path), dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=here)
+            kind = AutoConfig.from_pretrained(str(name_or_path), local_files_only=here).model_type
+            if kind not in ("wav2vec2", "whisper"):
+                raise ValueError(f"it is a {kind}, not a wav2vec2 or whisper")
+            of_it = {"key_mapping": {"^model.encoder.": ""}} if kind == "whisper" else {}       # a whole Whisper's encoder, or one by itself
+            model, found = (WhisperEncoder if kind == "whisper" else Wav2Vec2Model).from_pretrained(
+                str(name_or_path), dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=here, **of_it)
         except Exception as error:                          # hub, json, wrong sizes, broken files ...
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"cannot load a Wav2Vec2 from {name_or_path}: {reason}") from None
+            raise ValueError(f"cannot load an audio encoder from {name_or_path}: {reason}") from None
         if missing := sorted(set(found["missing_keys"]) - {"masked_spec_embed"}):       # pre-training only
-            raise ValueError(f"{name_or_path} lacks {len(missing)} tensors of a Wav2Vec2, e.g. {missing[0]}")
+            raise ValueError(f"{name_or_path} lacks {len(missing)} tensors of a {kind}, e.g. {missing[0]}")
         self.model = model.to(device).eval().requires_grad_(False)          # eval: no dropout, no SpecAugment
         self.device, self.layers, self.dim = device, model.config.num_hidden_layers, model.config.hidden_size
 
@@ -152,8 +184,9 @@ class AudioEncoder:
 
 
 def encoder_of(weights, name, device="cpu"):
-    """What config.json of a folder of weights calls "audio": "wav2vec2" is the folder of that name in it, all else a hub name. -> AudioEncoder"""
-    return AudioEncoder(Path(weights) / name if name == "wav2vec2" else name, device)
+    """What config.json of a folder of weights calls "audio": "wav2vec2" or "whisper" is the folder of that name in it, all else a hub name or a path
+    of its own. -> AudioEncoder"""
+    return AudioEncoder(Path(weights) / name if name in ("wav2vec2", "whisper") else name, device)
 
 # ------------------------------------------------------------------------------------------------- projection
 

@@ -387,7 +387,7 @@ def build_parser():
     p.add_argument("--long-videos", type=int, default=1, help="how many of them (default 1)")
     p.add_argument("--teacher-steps", type=int, default=30, help="denoising steps of the teacher (default 30)")
     p.add_argument("--student-steps", type=int, default=4, help="... of the student (default 4)")
-    p.add_argument("--guidance", type=float, default=3.0, help="audio guidance of the teacher (default 3)")
+    p.add_argument("--guidance", type=float, default=4.0, help="audio guidance of the teacher (default 4)")
     p.add_argument("--continuity-frames", type=int, default=9, help="frames handed from chunk to chunk; says where the seams are (default 9)")
     p.add_argument("--size", type=int, help="pixels along each side at which everything is measured (default: that of the weights, else 128)")
     p.add_argument("--every", type=int, default=5, help="every n-th frame goes into FID and identity (default 5)")

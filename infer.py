@@ -71,7 +71,7 @@ def pick(device, dtype):
 
 
 def load(weights="weights/tiny", network="student", device="auto", dtype="auto"):
-    """A folder of weights (config.json, vae / student / teacher .safetensors, wav2vec2/) -> Models. The process keeps its freed memory from then on.
+    """A folder of weights (config.json, vae / student / teacher .safetensors, whisper/) -> Models. The process keeps its freed memory from then on.
 
     FileNotFoundError or ValueError, in one line, if a part is missing or does not fit its config."""
     from safetensors import SafetensorError, safe_open
@@ -170,7 +170,7 @@ class Stopwatch(defaultdict):
 
 
 @torch.inference_mode()
-def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handover="reencode", identity="auto", guidance=3.0, clock=None):
+def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handover="reencode", identity="auto", guidance=4.0, clock=None):
     """The chunk loop. Yields uint8 (T, H, W, 3) pieces, ceil(samples / 640) frames in all.
 
     image (1, 3, H, W) in [-1, 1]; audio (samples,) float32 at 16 kHz. continuity_frames n = 4k+1 (1, 5, 9, 13) frames, handed over by
@@ -278,7 +278,7 @@ def build_parser():
     p.add_argument("--weights", default=Path(__file__).parent / "weights" / "tiny", help="folder of weights (config.json and *.safetensors)")
     p.add_argument("--network", choices=["student", "teacher"], default="student", help="which generator of that folder makes the video")
     p.add_argument("--steps", type=int, default=4, help="denoising steps a chunk; the teacher wants 20 to 50")
-    p.add_argument("--guidance", type=float, default=3.0, help="audio guidance of the teacher, 1 = none; the student has none")
+    p.add_argument("--guidance", type=float, default=4.0, help="audio guidance of the teacher, 1 = none; the student has none")
     p.add_argument("--seed", type=int, default=0, help="same seed, same video; another seed moves the head differently")
     p.add_argument("--continuity-frames", type=int, default=9, help="frames handed from chunk to chunk: 1, 5, 9 or 13")
     p.add_argument("--handover", choices=["reencode", "latents"], default="reencode", help="hand them over decoded and encoded anew, or as latents")

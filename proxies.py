@@ -158,9 +158,10 @@ class Ears:
     lips. A generator that samples what it does not hear follows, without guidance, by about the square of that. .head: None for ears without one."""
 
     def __init__(self, weights, device="cpu"):
-        config, path = json.loads((Path(weights) / "config.json").read_text(encoding="utf-8")), Path(weights) / "wav2vec2" / "head.safetensors"
+        name = json.loads((Path(weights) / "config.json").read_text(encoding="utf-8")).get("audio", "")
+        path = Path(weights) / name / "head.safetensors"                       # a hub name has no such file
         try:
-            head = load_file(path) if config.get("audio") == "wav2vec2" and path.is_file() else {}
+            head = load_file(path) if path.is_file() else {}
             knows = head and len(head["weight"]) == len(head["bias"]) == len(PHONES) + 1          # the phones, and the opening
         except (SafetensorError, LookupError) as error:
             raise ValueError(f"{path} is no head of train_audio.py's: {error}") from None

@@ -160,12 +160,14 @@ def main(argv=None):
         tensors, dit, figures = swap(args.weights, config, ears, *parts, args.steps, device)
         with safe_open(args.weights / "teacher.safetensors", "pt") as file:
             about = file.metadata() or {}
-        other, aside = shutil.ignore_patterns("student*", "teacher*", "wav2vec2", "*.part", "*.json"), args.out.with_name(args.out.name + ".part")
+        other = shutil.ignore_patterns("student*", "teacher*", "wav2vec2", "whisper", "*.part", "*.json")
+        aside = args.out.with_name(args.out.name + ".part")
         shutil.rmtree(aside, ignore_errors=True)                                # of a run that was killed
         shutil.copytree(args.weights, aside, ignore=other)
-        if here := Path(args.ears).is_dir():
-            shutil.copytree(args.ears, aside / "wav2vec2")
-        write_json(aside / "config.json", config | {"audio": "wav2vec2" if here else args.ears, "dit": dit})
+        name = args.ears
+        if Path(args.ears).is_dir():
+            shutil.copytree(args.ears, aside / (name := ears.model.config.model_type))
+        write_json(aside / "config.json", config | {"audio": name, "dit": dit})
         write_safetensors(aside / "teacher.safetensors", tensors, about)
         os.replace(aside, args.out)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

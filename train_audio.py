@@ -1,11 +1,12 @@
-"""Trains the small Wav2Vec2 of weights/tiny, the ears of audio.py. The paper's (facebook/wav2vec2-base-960h) comes trained.
+"""Trains the ears of weights/tiny: a speech encoder that comes trained learns on, for lips. The paper's (facebook/wav2vec2-base-960h) stays as it is.
 
     python train_audio.py --speech DIR --phones DIR [--clips FOLDER ...]    -> runs/ears, for swap_ears.py (--resume after a kill)
     python train_audio.py --speech DIR --phones DIR --evaluate              -> figures of --out on speakers it never heard, metrics.json
 
+The start, --init, is openai/whisper-tiny.en, of which the encoder's first layers are kept: 680,000 hours have taught it what no hour of ours can.
 It learns two things of every video frame: which phone is spoken, and how far the lips of a puppet are open that says so (puppet.py). Neither is the
 aim: hidden states that know both know the mouth. Phones alone leave open *when* lips part and shut, within 40 ms, and which confusions matter.
-Held out are the speakers that puppet.py holds out, so that ears and face model never heard them.
+Held out are the speakers that puppet.py holds out, so that neither this training nor the face model ever heard them.
 """
 import argparse
 import copy
@@ -27,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from audio import HOP, RATE, AudioEncoder, encode, load_audio, normalise
+from audio import CONTEXT, HOP, RATE, AudioEncoder, encode, load_audio, normalise
 from checkpoint import write_json, write_safetensors
 from chunks import one_per_folder
 from data import ClipFolder
@@ -59,39 +60,35 @@ Recording = namedtuple("Recording", "speaker audio phone opening weight")
 
 @dataclass(frozen=True)
 class AudioConfig:
-    steps: Annotated[int, "optimiser steps"] = 5200
+    layers: Annotated[int, "of the encoder's layers are kept, the first ones; 0: all"] = 3
+    steps: Annotated[int, "optimiser steps"] = 1000
     every: Annotated[int, "steps from log line to log line and checkpoint to checkpoint"] = 100
     frames: Annotated[int, "video frames of a batch, cut into windows of 2, 4 or 8 s"] = 800
-    lr: Annotated[float, "peak of AdamW's learning rate, after at most 200 steps of warm-up"] = 1e-3
-    dropout: Annotated[float, "share of the transformer's activations that a step drops"] = 0.15
-    ema: Annotated[float, "decay of the averaged weights, which are the ones shipped"] = 0.998
+    lr: Annotated[float, "peak of AdamW's learning rate, after at most 100 steps of warm-up; ten times that for what is new"] = 2e-4
+    dropout: Annotated[float, "share of the transformer's activations that a step drops"] = 0.0
+    ema: Annotated[float, "decay of the averaged weights, which are the ones shipped"] = 0.99
     lips: Annotated[float, "weight of the opening's squared error, in units of its variance, beside the phones' cross entropy"] = 1.0
     share: Annotated[float, "share of the windows that come from --clips"] = 0.25
     bf16: Annotated[int, "1: bfloat16 autocast; 0: plain float32"] = 1
     seed: Annotated[int, "seed of everything random: same seed, same weights"] = 0
 
 
-def new_model(dropout=0.0):
-    """An untrained Wav2Vec2Model: a stock one, with three wide convolutions in place of seven narrow ones.
-
-    Together they are 640 samples long, 320 apart: T frames make 2T - 1 outputs, so the stretching to 25 fps takes every second one, which heard
-    exactly its own frame. The first filters are windowed waves on a mel scale, four phases each (rectified by the GELU they add up to the band's
-    loudness), and stay so: a random start has to find the like first. Their learnt bias is what the layer norm compares weak sound with."""
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
-    model = Wav2Vec2Model(Wav2Vec2Config(
-        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, num_conv_pos_embeddings=15,
-        num_conv_pos_embedding_groups=8, conv_dim=(192, 192, 256), conv_kernel=(200, 4, 3), conv_stride=(40, 4, 2), conv_bias=True,
-        num_feat_extract_layers=3, feat_extract_norm="layer", hidden_dropout=dropout, attention_dropout=dropout, feat_proj_dropout=dropout,
-        activation_dropout=0.0, layerdrop=0.0, mask_time_prob=0.0, vocab_size=len(PHONES)))
-    conv = model.feature_extractor.conv_layers[0].conv
-    hertz = 700 * torch.expm1(torch.linspace(np.log1p(80 / 700), np.log1p(7600 / 700), 48))[:, None]   # mel
-    t = torch.arange(200) - 99.5
-    width = (RATE / (0.15 * hertz + 80)).clamp(max=200) / 4                 # shorter where bands are wider
-    angle = 2 * torch.pi * hertz * t / RATE + torch.arange(4)[:, None, None] * torch.pi / 2
-    waves = (torch.exp(-0.5 * (t / width) ** 2) * torch.sin(angle)).flatten(0, 1)              # (4 * 48, 200)
-    emphasis = 1 + hertz.repeat(4, 1) / 500                                 # speech is weak at high pitch
-    conv.weight.requires_grad_(False).copy_((waves / waves.norm(dim=1, keepdim=True) * emphasis)[:, None])
-    nn.init.normal_(conv.bias, std=0.1)
+def start_from(encoder, cfg):
+    """AudioEncoder -> its network, all of it to be trained, cut to cfg.layers layers and, a Whisper, to the 8 s that are ever heard at once."""
+    model = encoder.model.requires_grad_(True)
+    if model.config.model_type == "whisper":
+        model.config.max_source_positions = min(2 * CONTEXT, model.config.max_source_positions)
+        model.embed_positions = nn.Embedding.from_pretrained(model.embed_positions.weight[:2 * CONTEXT].detach().clone())      # sines, never trained
+    layers = model.layers if model.config.model_type == "whisper" else model.encoder.layers
+    if not 0 <= cfg.layers <= len(layers):
+        raise ValueError(f"--layers {cfg.layers}, but there are {len(layers)}")
+    del layers[cfg.layers or len(layers):]
+    model.config.num_hidden_layers = len(layers)
+    for module in model.modules():                                          # Whisper keeps rates of dropout, Wav2Vec2 modules
+        if isinstance(module, nn.Dropout):
+            module.p = cfg.dropout
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = cfg.dropout
     return model
 
 
@@ -217,17 +214,17 @@ def loss_of(guess, target, opening, weight, lips):
     return entropy + lips * error, error
 
 
-def train(cfg, takes, clips, out, run, resume=False, device="cpu"):
-    """Checkpoints go to `run`, averaged weights (half precision, Hugging Face format) to `out`; beside them
+def train(cfg, encoder, takes, clips, out, run, resume=False, device="cpu"):
+    """encoder: of start_from. Checkpoints go to `run`, averaged weights (half precision, Hugging Face format) to `out`; beside them
     the head, a linear map from all hidden states of a frame to phones and opening. Returns the losses."""
     torch.manual_seed(cfg.seed)
-    encoder = new_model(cfg.dropout)
     head = nn.Linear(encoder.config.num_hidden_layers * encoder.config.hidden_size, len(PHONES) + 1)
     nn.init.zeros_(head.weight)                                             # a guess of 0 is better than a guess of anything
     live = nn.ModuleList([encoder, head]).to(device).train()
     mean = copy.deepcopy(live)
     nets = nn.ModuleDict({"live": live, "mean": mean})
-    optimizer = torch.optim.AdamW(live.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    groups = [{"params": [p for p in live[0].parameters() if p.requires_grad], "times": 1}, {"params": [*live[1].parameters()], "times": 10}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
     run.mkdir(parents=True, exist_ok=True)
     checkpoint = run / "checkpoint.safetensors"
     data = digest(takes, clips)
@@ -237,8 +234,9 @@ def train(cfg, takes, clips, out, run, resume=False, device="cpu"):
         torch.manual_seed(cfg.seed * 1_000_003 + step)                      # so that --resume drops out the same
         batch = training_batch(takes, clips, cfg, np.random.default_rng((cfg.seed, step)))
         wave, *labels = (x.to(device) for x in batch)
-        rate = cfg.lr * min(1, (step + 1) / min(200, cfg.steps / 10))
-        optimizer.param_groups[0]["lr"] = rate = float(rate * (1 + np.cos(np.pi * step / cfg.steps)) / 2)
+        rate = float(cfg.lr * min(1, (step + 1) / min(100, cfg.steps / 10)) * (1 + np.cos(np.pi * step / cfg.steps)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["times"]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bool(cfg.bf16)):
             guess = head(torch.cat(encode(encoder, wave), -1))
         loss, error = loss_of(guess, *labels, cfg.lips)
@@ -284,7 +282,7 @@ def evaluate(out, takes, device="cpu"):
     said, heard = torch.cat(said), torch.cat(heard)
     talk, phone, viseme = said != 0, said == heard, VISEME_OF[said] == VISEME_OF[heard]
     table = F.one_hot(VISEME_OF[said], len(VISEMES)).T @ F.one_hot(VISEME_OF[heard], len(VISEMES))
-    wave = torch.randn(1, 10 * RATE, device=device)
+    wave = torch.randn(1, CONTEXT * HOP, device=device)
     seconds = timeit.repeat(lambda: encode(encoder.model, wave)[-1].sum().item(), number=1, repeat=9)
     shares = {"phone_accuracy": phone, "phone_accuracy_without_silence": phone[talk], "silent_share": ~talk,
               "viseme_accuracy": viseme, "viseme_accuracy_without_silence": viseme[talk]}
@@ -292,7 +290,7 @@ def evaluate(out, takes, device="cpu"):
             "opening_correlation": round(float(np.mean([c for c in lips if c == c] or [0.0])), 4),
             "frames": len(said), "speakers": len({take.speaker for take in takes}),
             "parameters": sum(p.numel() for p in encoder.model.parameters()),
-            "seconds_for_10_s": round(min(seconds), 4), "threads": torch.get_num_threads(),
+            "seconds_for_8_s": round(min(seconds), 4), "threads": torch.get_num_threads(),
             "viseme_percent": (100 * table / table.sum(1, keepdim=True).clamp_min(1)).round().int().tolist()}
 
 
@@ -302,6 +300,7 @@ def main(argv=None):
     parser.add_argument("--phones", required=True, default=argparse.SUPPRESS, help="folder of tables, *.tsv: start s, end s, phone, confidence")
     parser.add_argument("--clips", nargs="+", default=[], help="folders of video clips with phones (GRID's phones.tsv), to hear as well")
     parser.add_argument("--cache", nargs="+", default=[], help="where data.py's decoded frames lie, one a folder of --clips; else FOLDER/.cache-128")
+    parser.add_argument("--init", default="openai/whisper-tiny.en", help="where to start: hub name or folder of a Whisper or Wav2Vec2")
     parser.add_argument("--out", type=Path, default="runs/ears", help="folder for the weights and their figures")
     parser.add_argument("--run-dir", dest="run", type=Path, default="runs/audio", help="folder for the checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
@@ -324,7 +323,7 @@ def main(argv=None):
             clips = load_clips(args.clips, args.cache, "train")
             sizes = f"train: {len(heard)} recordings, {len(clips)} clips | held out: {len(unheard)}, {len(held_out)}"
             print(f"{json.dumps(asdict(cfg))}\n{sizes}", flush=True)
-            train(cfg, heard, clips, args.out, args.run, args.resume, device)
+            train(cfg, start_from(AudioEncoder(args.init), cfg), heard, clips, args.out, args.run, args.resume, device)
         figures = {**evaluate(args.out, unheard, device), "viseme_classes": list(VISEMES)}
         if held_out:
             figures |= {f"clips_{name}": value for name, value in evaluate(args.out, held_out, device).items()

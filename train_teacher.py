@@ -361,7 +361,7 @@ def build_parser():
     p.add_argument("--share", nargs="+", type=float, help="how often each folder is drawn (default: equally)")
     p.add_argument("--fresh", nargs="+", type=int, help="1: training clips of this folder are cut out and encoded anew at every draw (default: 0)")
     p.add_argument("--cache", nargs="+", help="where data.py's decoded frames lie, one per folder (default: FOLDER/.cache-SIZE)")
-    p.add_argument("--weights", type=Path, default=Path("weights/tiny"), help="folder of config.json, vae.safetensors, wav2vec2 (%(default)s)")
+    p.add_argument("--weights", type=Path, default=Path("weights/tiny"), help="folder of config.json, vae.safetensors, whisper (%(default)s)")
     p.add_argument("--out", type=Path, help="where teacher.safetensors goes (default: --weights)")
     p.add_argument("--run-dir", dest="run", type=Path, default=Path("runs/teacher"), help="checkpoint, log, pictures, encoded chunks (%(default)s)")
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="what the options below are unless given (%(default)s)")

@@ -215,7 +215,7 @@ def export(folder, vae, ema, clips):
         config |= {"latents_mean": [round(x, 4) for x in mean.tolist()], "latents_std": [round(x, 4) for x in std.tolist()]}
     write_safetensors(folder / "vae.safetensors", {k: v.half().contiguous() for k, v in ema.items()}, {"class": "WanVAE"})
     path = folder / "config.json"
-    every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"size": 128, "audio": "wav2vec2"}
+    every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"size": 128, "audio": "whisper"}
     write_json(path, every | {"vae": config})
 
 

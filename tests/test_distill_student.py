@@ -439,12 +439,12 @@ def folder(tmp_path_factory, vae):
         clip = make_clip(top / "made", str(seed), 57, seed)
         write_mp4(top / "clips" / f"{seed}.mp4", np.array(clip.frames), np.array(clip.audio))
     torch.manual_seed(0)
-    size = replace(SMALL, audio_layers=4, audio_dim=256)
+    size = replace(SMALL, audio_layers=3, audio_dim=384)
     teacher = ds.infer.AudioDiT(size)
     torch.nn.init.normal_(teacher.head.head.weight, std=0.02)
     save_file(teacher.state_dict(), top / "weights" / "teacher.safetensors")
     save_file(vae.state_dict(), top / "weights" / "vae.safetensors")
-    config = {"vae": asdict(vae.config), "dit": asdict(size), "audio": str(ROOT / "weights" / "tiny" / "wav2vec2"), "size": 32, "frames": 33}
+    config = {"vae": asdict(vae.config), "dit": asdict(size), "audio": str(ROOT / "weights" / "tiny" / "whisper"), "size": 32, "frames": 33}
     (top / "weights" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return top
 

@@ -176,7 +176,7 @@ def test_generating_first(shelf, tmp_path):
     from vae import PRESETS as VAE
     from vae import WanVAE
     torch.manual_seed(0)
-    weights, heard = tmp_path / "weights", ROOT / "weights" / "tiny" / "wav2vec2"
+    weights, heard = tmp_path / "weights", ROOT / "weights" / "tiny" / "whisper"
     weights.mkdir()
     encoder = AudioEncoder(heard)
     vae = replace(VAE["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
@@ -313,12 +313,12 @@ def test_frechet_of_real_against_real_is_of_two_halves():
 def test_what_ears_say_is_read_off_their_last_row(tmp_path):
     """The sound's bound: one number a frame, by the head's last row; a piece does not hear what comes after it; foreign ears say nothing."""
     tiny = ROOT / "weights" / "tiny"
-    shutil.copytree(tiny / "wav2vec2", tmp_path / "wav2vec2")
+    shutil.copytree(tiny / "whisper", tmp_path / "whisper")
     config = json.loads((tiny / "config.json").read_text("utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     generator = torch.Generator().manual_seed(0)
-    head = {"weight": torch.randn(42, 1024, generator=generator), "bias": torch.arange(42.0)}
-    save_file(head, tmp_path / "wav2vec2" / "head.safetensors")
+    head = {"weight": torch.randn(42, 1152, generator=generator), "bias": torch.arange(42.0)}
+    save_file(head, tmp_path / "whisper" / "head.safetensors")
     ears, sound = proxies.Ears(tmp_path), np.random.default_rng(0).standard_normal(100 * HOP).astype(np.float32) * 0.1
     said = ears.opening(sound, 100)
     expected = ears.encoder.features(sound, 81, 19).flatten(1) @ head["weight"][41] + 41
@@ -326,9 +326,9 @@ def test_what_ears_say_is_read_off_their_last_row(tmp_path):
     later = sound.copy()
     later[85 * HOP:] = 0
     assert np.array_equal(ears.opening(later, 100)[:81], said[:81]) and not np.allclose(ears.opening(later, 100)[81:], said[81:])
-    save_file({name: tensor[:41].clone() for name, tensor in head.items()}, tmp_path / "wav2vec2" / "head.safetensors")
+    save_file({name: tensor[:41].clone() for name, tensor in head.items()}, tmp_path / "whisper" / "head.safetensors")
     assert proxies.Ears(tmp_path).head is None                                  # it knows phones only
-    (tmp_path / "wav2vec2" / "head.safetensors").write_bytes(b"no head")
+    (tmp_path / "whisper" / "head.safetensors").write_bytes(b"no head")
     with pytest.raises(ValueError, match="no head of train_audio.py"):
         proxies.Ears(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"audio": "facebook/wav2vec2-base-960h"}), encoding="utf-8")

@@ -28,7 +28,7 @@ RATE = 16000
 def weights(tmp_path_factory):
     """A folder of weights as infer.py wants it, for 32 x 32 pixels."""
     torch.manual_seed(0)
-    folder, heard = tmp_path_factory.mktemp("weights"), ROOT / "weights" / "tiny" / "wav2vec2"
+    folder, heard = tmp_path_factory.mktemp("weights"), ROOT / "weights" / "tiny" / "whisper"
     encoder = AudioEncoder(heard)
     vae_config = replace(VAE["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
     dit_config = replace(DIT["tiny"], dim=48, ffn_dim=64, layers=2, audio_layers=encoder.layers, audio_dim=encoder.dim, audio_hidden=32)

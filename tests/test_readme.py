@@ -159,7 +159,7 @@ def settings(old):
 
 def weights(old):
     rows = []
-    for name, code in (("vae", "train_vae.py"), ("wav2vec2/model", "train_audio.py"), ("teacher", "train_teacher.py"),
+    for name, code in (("vae", "train_vae.py"), ("whisper/model", "train_audio.py"), ("teacher", "train_teacher.py"),
                        ("student", "distill_student.py"), ("proxies/sync", "train_proxies.py"), ("proxies/identity", "train_proxies.py"),
                        ("proxies/face", "train_proxies.py")):
         path, code = TINY / f"{name}.safetensors", f"`{code}`"
@@ -186,12 +186,12 @@ def vae(old):
 
 
 def audio(old):
-    found = read_json(TINY / "wav2vec2" / "metrics.json")
+    found = read_json(TINY / "whisper" / "metrics.json")
     keys = {"phone_accuracy": "phone of a frame", "phone_accuracy_without_silence": "... without silence",
             "viseme_accuracy": "mouth shape of a frame", "viseme_accuracy_without_silence": "... without silence",
             "opening_correlation": "how far the lips are open, correlation"}
     cell = lambda key: "-" if key not in found else f"{found[key]:.3f}" if key.endswith("correlation") else f"{100 * found[key]:.1f} %"
-    return table([f"small Wav2Vec2: {found['speakers']} unseen speakers, {found['frames']:,} frames", "right",
+    return table([f"small Whisper: {found['speakers']} unseen speakers, {found['frames']:,} frames", "right",
                   f"GRID's unseen clips, {found.get('clips_frames', 0):,} frames"],
                  [[label, cell(key), cell(f"clips_{key}")] for key, label in keys.items()])
 

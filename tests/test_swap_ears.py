@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 import audio
 import infer
@@ -88,9 +89,9 @@ def puppets(tmp_path_factory):
 def test_a_face_with_other_ears(puppets, tmp_path, capsys):
     """The command makes a folder that infer.py loads; of the face only audio_proj is new; and bad input is one line."""
     ears = tmp_path / "ears"
-    shutil.copytree(WEIGHTS / "wav2vec2", ears)
+    shutil.copytree(WEIGHTS / "whisper", ears)
     model = load_file(ears / "model.safetensors")
-    name = "encoder.layers.3.final_layer_norm.weight"                           # the same ears, but their last layer is louder by half
+    name = "layer_norm.weight"                           # the same ears, but their last layer is louder by half
     swap_ears.write_safetensors(ears / "model.safetensors", model | {name: model[name] * 1.5}, {"format": "pt"})
     common = ["--data", str(puppets), "--ears", str(ears)]
     swap_ears.main([*common, "--out", str(tmp_path / "out"), "--steps", "30", "--device", "cpu"])
@@ -99,12 +100,19 @@ def test_a_face_with_other_ears(puppets, tmp_path, capsys):
     before, after = (load_file(folder / "teacher.safetensors") for folder in (WEIGHTS, tmp_path / "out"))
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(key.startswith("audio_proj.") for key in changed) and before.keys() == after.keys()
-    assert infer.load(tmp_path / "out", "teacher", "cpu").audio.dim == 256
-    assert (tmp_path / "out" / "wav2vec2" / "model.safetensors").read_bytes() == (ears / "model.safetensors").read_bytes()
+    assert infer.load(tmp_path / "out", "teacher", "cpu").audio.dim == 384
+    assert (tmp_path / "out" / "whisper" / "model.safetensors").read_bytes() == (ears / "model.safetensors").read_bytes()
     with safe_open(WEIGHTS / "teacher.safetensors", "pt") as one, safe_open(tmp_path / "out" / "teacher.safetensors", "pt") as two:
         assert one.metadata() == two.metadata()
     assert not list((tmp_path / "out").glob("student*"))
     assert json.loads((tmp_path / "out" / "config.json").read_text("utf-8")) == json.loads((WEIGHTS / "config.json").read_text("utf-8"))
+    torch.manual_seed(0)                                                        # ears of another kind and another width
+    Wav2Vec2Model(Wav2Vec2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, conv_dim=(8,) * 7,
+                                 num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)).save_pretrained(tmp_path / "other")
+    swap_ears.main(["--data", str(puppets), "--ears", str(tmp_path / "other"), "--out", str(tmp_path / "narrow"), "--steps", "2", "--device", "cpu"])
+    narrow = infer.load(tmp_path / "narrow", "teacher", "cpu")
+    assert (narrow.audio.dim, narrow.dit.config.audio_layers, narrow.dit.config.audio_dim) == (24, 2, 24)
+    assert not (tmp_path / "narrow" / "whisper").exists() and "tokens_changed" in capsys.readouterr().out
     for wrong in (["--out", str(WEIGHTS)], ["--out", str(tmp_path / "x"), "--ears", str(tmp_path / "no")],
                   ["--out", str(tmp_path / "x"), "--data", str(tmp_path / "no")], ["--out", str(tmp_path / "x"), "--cache", "a", "b"]):
         with pytest.raises(SystemExit) as stop:

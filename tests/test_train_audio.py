@@ -1,6 +1,7 @@
 """Laws of train_audio.py: labels lie where the sound lies, both halves of the loss teach, training can be interrupted."""
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import train_audio
 from audio import HOP, RATE, AudioEncoder
 from data import ClipFolder
 from puppet import lip_opening, mouth_curves, read_phones
-from train_audio import AudioConfig
+from train_audio import AudioConfig, start_from
 
+EARS = Path(train_audio.__file__).parent / "weights" / "tiny" / "whisper"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -66,6 +68,30 @@ def test_opening_is_what_a_puppet_shows(tmp_path):
     assert np.abs(np.roll(seen, 1) - heard).mean() > 0.03                   # a frame late is seen
 
 
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec2"])
+def test_who_starts_from_trained_ears_starts_with_what_they_know(tmp_path, kind):
+    """The layers that are kept say what they said, 8 s is all that is kept of a Whisper's places, and only those are not trained."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model, WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+    if kind == "whisper":
+        model = WhisperEncoder(WhisperConfig(d_model=16, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=16))
+    else:
+        model = Wav2Vec2Model(Wav2Vec2Config(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, conv_dim=(8,) * 7,
+                                             num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2))
+    model.save_pretrained(tmp_path)
+    whole, cut = AudioEncoder(tmp_path), start_from(AudioEncoder(tmp_path), AudioConfig(layers=2, dropout=0.5))
+    wave = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 8 * RATE), np.float32))
+    before, after = (train_audio.encode(model.eval(), wave) for model in (whole.model, cut))
+    assert len(after) == 2 and torch.equal(before[0], after[0].detach())
+    assert {name for name, p in cut.named_parameters() if not p.requires_grad} == ({"embed_positions.weight"} if kind == "whisper" else set())
+    assert len(cut.embed_positions.weight) == 400 if kind == "whisper" else not hasattr(cut, "embed_positions")
+    torch.manual_seed(0)
+    assert not torch.equal(train_audio.encode(cut.train(), wave)[0], after[0])                # and some of it is dropped now
+    cut.save_pretrained(tmp_path / "cut")
+    assert torch.equal(AudioEncoder(tmp_path / "cut").features(wave[0], 0, 9), AudioEncoder(tmp_path / "cut").features(wave[0], 0, 9))
+    assert AudioEncoder(tmp_path / "cut").layers == 2
+
+
 def test_both_halves_of_the_loss_teach():
     """A right phone with wrong lips costs; so do right lips with a wrong phone; what has no weight costs nothing."""
     target = torch.nn.functional.one_hot(torch.tensor([[0, 1]]), len(train_audio.PHONES)).float()
@@ -85,8 +111,9 @@ def test_both_halves_of_the_loss_teach():
 def test_twenty_steps_learn_and_a_kill_changes_nothing(tmp_path, monkeypatch):
     """Training finds four tones in 20 steps, and a run that was killed and resumed ends in the same bits."""
     takes = train_audio.load_speech(*write_tones(tmp_path))
-    cfg = AudioConfig(steps=20, every=10, frames=50, bf16=0)
-    losses = train_audio.train(cfg, takes, [], tmp_path / "a", tmp_path / "run_a")
+    cfg = AudioConfig(steps=20, every=10, frames=50, bf16=0, lr=5e-5)
+    start = lambda: start_from(AudioEncoder(EARS), cfg)
+    losses = train_audio.train(cfg, start(), takes, [], tmp_path / "a", tmp_path / "run_a")
     assert losses[0] > 4 and np.mean(losses[-3:]) < 2.6                 # chance among 41 phones: log 41 = 3.7, and 1 or so of the opening
     figures = train_audio.evaluate(tmp_path / "a", takes)
     assert figures["opening_correlation"] > 0.3                         # a tone of its own opens the mouth: even 20 steps hear that
@@ -104,13 +131,13 @@ def test_twenty_steps_learn_and_a_kill_changes_nothing(tmp_path, monkeypatch):
         return batch(takes, clips, cfg, rng)
     monkeypatch.setattr(train_audio, "training_batch", killed)
     with pytest.raises(KeyboardInterrupt):
-        train_audio.train(cfg, takes, [], tmp_path / "b", tmp_path / "run_b")
+        train_audio.train(cfg, start(), takes, [], tmp_path / "b", tmp_path / "run_b")
     monkeypatch.setattr(train_audio, "training_batch", batch)
-    assert train_audio.train(cfg, takes, [], tmp_path / "b", tmp_path / "run_b", resume=True) == losses[10:]
+    assert train_audio.train(cfg, start(), takes, [], tmp_path / "b", tmp_path / "run_b", resume=True) == losses[10:]
     for name in ("model.safetensors", "head.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with pytest.raises(ValueError, match="other options"):
-        train_audio.train(AudioConfig(steps=21), takes, [], tmp_path / "b", tmp_path / "run_b", resume=True)
+        train_audio.train(AudioConfig(steps=21), start(), takes, [], tmp_path / "b", tmp_path / "run_b", resume=True)
 
 
 def test_who_is_held_out_is_not_heard(tmp_path, monkeypatch):
@@ -119,10 +146,10 @@ def test_who_is_held_out_is_not_heard(tmp_path, monkeypatch):
     folder = tmp_path / "puppets"
     puppet.main(["--portraits", "drawn", "--out", str(folder), "--clips", "6", "--seconds", "1", "--size", "32"])
     taught, measured = [], []
-    monkeypatch.setattr(train_audio, "train", lambda cfg, takes, clips, *rest: taught.extend([takes, clips]))
+    monkeypatch.setattr(train_audio, "train", lambda cfg, encoder, takes, clips, *rest: taught.extend([takes, clips]))
     monkeypatch.setattr(train_audio, "evaluate", lambda out, takes, device: measured.append(takes) or {"viseme_percent": []})
     monkeypatch.setattr(train_audio, "VISEMES", {})
-    train_audio.main(["--speech", str(speech), "--phones", str(phones), "--clips", str(folder), "--out", str(tmp_path)])
+    train_audio.main(["--speech", str(speech), "--phones", str(phones), "--clips", str(folder), "--out", str(tmp_path), "--init", str(EARS)])
     new = set(puppet.divide([str(i) for i in range(12)], str, np.random.default_rng(0))[0])
     assert {take.speaker for take in measured[0]} == new and {take.speaker for take in taught[0]} == {str(i) for i in range(12)} - new
     assert (len(taught[1]), len(measured[1])) == (5, 1)                     # of 6 puppets the last is "val"
@@ -136,16 +163,16 @@ def test_who_is_held_out_is_not_heard(tmp_path, monkeypatch):
 def test_the_command_trains_measures_and_refuses(tmp_path, capsys):
     """python train_audio.py end to end: it leaves a folder that AudioEncoder loads, and figures in metrics.json."""
     speech, phones = map(str, write_tones(tmp_path, 12))
-    common = ["--speech", speech, "--phones", phones, "--out", str(tmp_path / "w")]
+    common = ["--speech", speech, "--phones", phones, "--out", str(tmp_path / "w"), "--init", str(EARS)]
     train_audio.main([*common, "--run-dir", str(tmp_path / "run"), "--steps", "2", "--frames", "50", "--bf16", "0"])
-    assert AudioEncoder(tmp_path / "w").dim == 256
+    assert AudioEncoder(tmp_path / "w").layers == 3
     figures = json.loads((tmp_path / "w" / "metrics.json").read_text(encoding="utf-8"))
     assert 0 <= figures["phone_accuracy"] <= figures["viseme_accuracy"] <= 1 < figures["parameters"]
     assert "viseme_accuracy: " in capsys.readouterr().out
     nowhere = str(tmp_path / "no")
     (tmp_path / "phones" / "0-a.tsv").write_text("0.0\t1.0\tzz\n", encoding="utf-8")         # no confidence is fine, no such phone is not
     for wrong in ([], ["--speech", nowhere], ["--out", nowhere, "--evaluate"], ["--clips", nowhere], ["--cache", nowhere],
-                  ["--resume", "--run-dir", nowhere]):
+                  ["--resume", "--run-dir", nowhere], ["--init", nowhere], ["--layers", "9"]):
         with pytest.raises(SystemExit) as stop:
             train_audio.main([*common, *wrong])
         message = capsys.readouterr().err

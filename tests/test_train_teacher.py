@@ -480,7 +480,7 @@ def folder(tmp_path_factory, clips, vae):
     for clip in clips[:2]:
         write_mp4(top / "clips" / f"{clip.name}.mp4", np.array(clip.frames[:33]), np.array(clip.audio[:33 * 640]))
     save_file(vae.state_dict(), top / "weights" / "vae.safetensors")
-    config = {"vae": asdict(vae.config), "audio": str(ROOT / "weights" / "tiny" / "wav2vec2"), "size": 32}
+    config = {"vae": asdict(vae.config), "audio": str(ROOT / "weights" / "tiny" / "whisper"), "size": 32}
     (top / "weights" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return top
 
