@@ -98,18 +98,18 @@ def transformer_states(model, features):
 
 
 @lru_cache(maxsize=1)
-def log_mel():
-    """Whisper's own front: sound -> 80 mel bands, 100 looks a second, log10 of the power, (x + 4) / 4, at most 8 decades under the loudest."""
+def log_mel(bands):
+    """Whisper's own front: sound -> mel bands, 100 looks a second; log10 of the power, no more than 8 decades under the loudest, then (x + 4) / 4."""
     from transformers import WhisperFeatureExtractor  # here: the import takes seconds
 
-    return partial(WhisperFeatureExtractor(), sampling_rate=RATE, padding="do_not_pad", truncation=False, return_tensors="pt")
+    return partial(WhisperFeatureExtractor(feature_size=bands), sampling_rate=RATE, padding="do_not_pad", truncation=False, return_tensors="pt")
 
 
 def whisper_states(model, wave):
     """wave (B, samples), normalised -> L tensors (B, samples / 320, A): as the encoder's forward(), but that wants its full 30 s and no less."""
-    with torch.autocast(wave.device.type, enabled=False):                   # decibels need more than 8 bits
-        mel = log_mel()(list((0.1 * wave).cpu().numpy()))["input_features"].to(wave.device)      # 0.1: as loud as recordings usually are
-    hidden = F.gelu(model.conv2(F.gelu(model.conv1(mel)))).transpose(1, 2)                  # (B, samples / 320, A), 50 a second
+    with torch.autocast("cpu", enabled=False):                              # where it is computed; bfloat16 is too coarse for decibels
+        mel = log_mel(model.config.num_mel_bins)(list((0.1 * wave).cpu().numpy()))["input_features"]         # 0.1: as loud as recordings are
+    hidden = F.gelu(model.conv2(F.gelu(model.conv1(mel.to(wave.device))))).transpose(1, 2)  # (B, samples / 320, A), 50 a second
     hidden, states = F.dropout(hidden + model.embed_positions.weight[:hidden.shape[1]], model.dropout, model.training), []
     for layer in model.layers:
         hidden = layer(hidden, None)
@@ -120,8 +120,8 @@ def whisper_states(model, wave):
 def encode(model, wave):
     """wave (B, 640 T), normalised -> L tensors (B, T, A), an entry per video frame.
 
-    Wav2Vec2 is stretched to 25 fps before the transformer, as other talking heads do it. Whisper knows by heart where it is, every 20 ms: two states
-    make a frame."""
+    Wav2Vec2 is stretched to 25 fps before the transformer, as other talking heads do it. Whisper has learnt places 20 ms apart, so it hears at 50 a
+    second, and two of its states make a frame."""
     if model.config.model_type == "whisper":
         return [states.unflatten(1, (-1, 2)).mean(2) for states in whisper_states(model, wave)]
     features = model.feature_extractor(wave)                                # (B, conv width, ~2T) at 50 Hz
@@ -152,10 +152,13 @@ class AudioEncoder:
         except Exception:                                   # whatever httpx calls it: only a name fetched before
             here = True                                     # can be loaded now
         try:
-            kind = AutoConfig.from_pretrained(str(name_or_path), local_files_only=here).model_type
+            config = AutoConfig.from_pretrained(str(name_or_path), local_files_only=here, trust_remote_code=False)
+            kind = config.model_type
             if kind not in ("wav2vec2", "whisper"):
                 raise ValueError(f"it is a {kind}, not a wav2vec2 or whisper")
-            of_it = {"key_mapping": {"^model.encoder.": ""}} if kind == "whisper" else {}       # a whole Whisper's encoder, or one by itself
+            if kind == "whisper" and config.max_source_positions < 2 * CONTEXT:
+                raise ValueError(f"it hears {config.max_source_positions / 50} s at once, 8 are needed")
+            of_it = {"key_mapping": {r"^(model\.)?encoder\.": ""}} if kind == "whisper" else {}       # a whole Whisper's encoder, or one by itself
             model, found = (WhisperEncoder if kind == "whisper" else Wav2Vec2Model).from_pretrained(
                 str(name_or_path), dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=here, **of_it)
         except Exception as error:                          # hub, json, wrong sizes, broken files ...
@@ -183,10 +186,14 @@ class AudioEncoder:
         return torch.cat([self.features(audio, start, min(chunk, frames - start)) for start in range(0, frames, chunk)])
 
 
+def encoder_path(weights, name):
+    """Where what config.json of a folder of weights calls "audio" lies: "wav2vec2" and "whisper" in that folder, all else is a hub name or a path."""
+    return Path(weights) / name if name in ("wav2vec2", "whisper") else Path(name)
+
+
 def encoder_of(weights, name, device="cpu"):
-    """What config.json of a folder of weights calls "audio": "wav2vec2" or "whisper" is the folder of that name in it, all else a hub name or a path
-    of its own. -> AudioEncoder"""
-    return AudioEncoder(Path(weights) / name if name in ("wav2vec2", "whisper") else name, device)
+    """The AudioEncoder that config.json of a folder of weights names."""
+    return AudioEncoder(encoder_path(weights, name), device)
 
 # ------------------------------------------------------------------------------------------------- projection
 

@@ -43,7 +43,7 @@ class DiTConfig:                # defaults: Wan2.1-T2V-1.3B, hearing through wav
 
 PRESETS = {
     "tiny": DiTConfig(dim=256, ffn_dim=1024, heads=4, layers=6,
-                      audio_layers=4, audio_dim=256, audio_tokens=8, audio_hidden=128),
+                      audio_layers=3, audio_dim=384, audio_tokens=8, audio_hidden=128),
     "wan-1.3b": DiTConfig(),
     "wan-14b": DiTConfig(dim=5120, ffn_dim=13824, heads=40, layers=40),
 }

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from audio import AudioEncoder
+from audio import AudioEncoder, encoder_path
 from chunks import pixels
 from data import FPS, HOP
 from infer import to_uint8
@@ -159,7 +159,7 @@ class Ears:
 
     def __init__(self, weights, device="cpu"):
         name = json.loads((Path(weights) / "config.json").read_text(encoding="utf-8")).get("audio", "")
-        path = Path(weights) / name / "head.safetensors"                       # a hub name has no such file
+        path = encoder_path(weights, name) / "head.safetensors"                 # ears from the hub have none
         try:
             head = load_file(path) if path.is_file() else {}
             knows = head and len(head["weight"]) == len(head["bias"]) == len(PHONES) + 1          # the phones, and the opening

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from audio import CONTEXT, HOP, RATE, AudioEncoder, encode, load_audio, normalise
 from checkpoint import write_json, write_safetensors
-from chunks import one_per_folder
+from chunks import fingerprint, one_per_folder
 from data import ClipFolder
 from infer import pick
 from metrics import correlation
@@ -74,20 +74,20 @@ class AudioConfig:
 
 
 def start_from(encoder, cfg):
-    """AudioEncoder -> its network, all of it to be trained, cut to cfg.layers layers and, a Whisper, to the 8 s that are ever heard at once."""
+    """AudioEncoder -> its network, to be trained, cut to cfg.layers layers and, a Whisper, to the 8 s that are ever heard at once."""
     model = encoder.model.requires_grad_(True)
     if model.config.model_type == "whisper":
-        model.config.max_source_positions = min(2 * CONTEXT, model.config.max_source_positions)
+        model.config.max_source_positions = 2 * CONTEXT
         model.embed_positions = nn.Embedding.from_pretrained(model.embed_positions.weight[:2 * CONTEXT].detach().clone())      # sines, never trained
     layers = model.layers if model.config.model_type == "whisper" else model.encoder.layers
     if not 0 <= cfg.layers <= len(layers):
         raise ValueError(f"--layers {cfg.layers}, but there are {len(layers)}")
     del layers[cfg.layers or len(layers):]
     model.config.num_hidden_layers = len(layers)
-    for module in model.modules():                                          # Whisper keeps rates of dropout, Wav2Vec2 modules
+    for module in model.modules():                                          # some keep a module for it, some a rate
         if isinstance(module, nn.Dropout):
             module.p = cfg.dropout
-        elif isinstance(getattr(module, "dropout", None), float):
+        elif isinstance(getattr(module, "dropout", None), (int, float)):
             module.dropout = cfg.dropout
     return model
 
@@ -198,7 +198,7 @@ def load_checkpoint(path, nets, optimizer, cfg, data):
     if json.loads(meta["config"]) != asdict(cfg):
         raise ValueError(f"{path} was made with other options: {meta['config']}")
     if meta["data"] != data:
-        raise ValueError(f"{path} was made with other recordings or clips")
+        raise ValueError(f"{path} was made with other recordings or clips, or from another --init")
     tensors, state = load_file(path), {}
     for name in [name for name in tensors if name.startswith("adam.")]:
         state.setdefault(int(name.split(".")[1]), {})[name.split(".")[2]] = tensors.pop(name)
@@ -223,11 +223,11 @@ def train(cfg, encoder, takes, clips, out, run, resume=False, device="cpu"):
     live = nn.ModuleList([encoder, head]).to(device).train()
     mean = copy.deepcopy(live)
     nets = nn.ModuleDict({"live": live, "mean": mean})
-    groups = [{"params": [p for p in live[0].parameters() if p.requires_grad], "times": 1}, {"params": [*live[1].parameters()], "times": 10}]
+    groups = [{"params": [*live[0].parameters()], "times": 1}, {"params": [*live[1].parameters()], "times": 10}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
     run.mkdir(parents=True, exist_ok=True)
     checkpoint = run / "checkpoint.safetensors"
-    data = digest(takes, clips)
+    data = digest(takes, clips) + fingerprint(encoder)                      # before a step is made: of --init
     done = load_checkpoint(checkpoint, nets, optimizer, cfg, data) if resume else 0
     losses, errors, began = [], [], time.time()
     for step in tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, unit="step", disable=None):
@@ -313,6 +313,8 @@ def main(argv=None):
     try:
         device = pick(args.device, "auto")[0]
         one_per_folder(args, "cache", folders="clips")
+        if min(cfg.steps, cfg.every) < 1:
+            raise ValueError("--steps and --every must be at least 1")
         takes = load_speech(args.speech, args.phones)
         new = set(divide(sorted({take.speaker for take in takes}), str, np.random.default_rng(0))[0])
         heard, unheard = ([take for take in takes if (take.speaker in new) == held_out] for held_out in (False, True))
@@ -329,7 +331,7 @@ def main(argv=None):
             figures |= {f"clips_{name}": value for name, value in evaluate(args.out, held_out, device).items()
                         if name in ("phone_accuracy", "viseme_accuracy", "opening_correlation", "frames")}
         figures["command"] = "python train_audio.py --speech DIR --phones DIR" + " --clips DIR" * bool(held_out) + " --evaluate --out DIR"
-    except (ValueError, OSError, RuntimeError, SafetensorError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, RuntimeError, LookupError, TypeError, SafetensorError, KeyboardInterrupt) as error:
         parser.exit(130 if isinstance(error, KeyboardInterrupt) else 2, f"train_audio.py: {' '.join(str(error).split())[:300] or 'stopped'}\n")
     print("\n".join(f"{name}: {value}" for name, value in figures.items() if "viseme_p" not in name))
     print("spoken " + "".join(f"{name:>6}" for name in VISEMES) + "   <- heard, % of the row")

@@ -189,24 +189,26 @@ def test_any_wav2vec2_can_be_put_in(tmp_path, large):
 
 
 def test_any_whisper_can_be_put_in(tmp_path):
-    """Of a whole Whisper its encoder is taken; what it says of 30 s is what transformers makes it say, and two states make a video frame."""
+    """Of a whole Whisper its encoder is taken; what it says of all it hears at once is what transformers makes it say; two states make a frame."""
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
     torch.manual_seed(0)
-    sizes = dict(d_model=24, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=150)
+    sizes = dict(d_model=24, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=400, num_mel_bins=128)
     theirs = WhisperForConditionalGeneration(WhisperConfig(
         **sizes, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         decoder_start_token_id=1))
     theirs.save_pretrained(tmp_path)
     encoder = AudioEncoder(str(tmp_path))
     assert (encoder.layers, encoder.dim) == (3, 24)
-    wave = audio.normalise(torch.from_numpy(speech(3)))                     # 150 states: as much as this one hears at once
-    mel = WhisperFeatureExtractor(chunk_length=3)(0.1 * wave.numpy(), sampling_rate=RATE, return_tensors="pt")["input_features"]
+    wave = audio.normalise(torch.from_numpy(speech(8)))                     # 400 states: as much as this one hears at once
+    mel = WhisperFeatureExtractor(chunk_length=8, feature_size=128)(0.1 * wave.numpy(), sampling_rate=RATE, return_tensors="pt")["input_features"]
     expected = theirs.eval().model.encoder(mel, output_hidden_states=True)
     ours = audio.encode(encoder.model, wave[None])
-    assert [states.shape for states in ours] == 3 * [(1, 75, 24)]
+    assert [states.shape for states in ours] == 3 * [(1, 200, 24)]
     for mine, its in zip(ours, (*expected.hidden_states[1:3], expected.last_hidden_state), strict=True):
         torch.testing.assert_close(mine[:, 20], its[:, 40:42].mean(1))
-    with torch.autocast("cpu", torch.bfloat16):                             # training: what is heard before the network stays float32
+    theirs.model.save_pretrained(tmp_path / "bare")                         # without its head for words the tensors have other names
+    assert torch.equal(AudioEncoder(tmp_path / "bare").features(wave, 0, 9), encoder.features(wave, 0, 9))
+    with torch.autocast("cpu", torch.bfloat16):                             # training: what comes before the network stays float32, or this raises
         torch.testing.assert_close(audio.encode(encoder.model, wave[None])[0].float(), ours[0], rtol=0.1, atol=0.1)
 
 
@@ -218,7 +220,8 @@ def test_wrong_weights_raise_one_clear_line(tmp_path):
         AudioEncoder(tmp_path)
     shutil.copytree(WEIGHTS, tmp_path / "w")
     config = json.loads((tmp_path / "w" / "config.json").read_text(encoding="utf-8"))
-    for wrong, message in (({"encoder_layers": 6}, "lacks"), ({"d_model": 128}, "cannot load"), ({"model_type": "bert"}, "it is a bert")):
+    for wrong, message in (({"encoder_layers": 6}, "lacks"), ({"d_model": 128}, "cannot load"), ({"model_type": "bert"}, "it is a bert"),
+                           ({"max_source_positions": 99}, "8 are needed")):
         (tmp_path / "w" / "config.json").write_text(json.dumps({**config, **wrong}), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             AudioEncoder(tmp_path / "w")
@@ -249,7 +252,7 @@ def test_with_a_network_a_hub_name_may_be_downloaded(monkeypatch):
     import huggingface_hub
     from transformers import AutoConfig, Wav2Vec2Config, Wav2Vec2Model
     seen = []
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, local_files_only: seen.append((name, local_files_only)) or Wav2Vec2Config())
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, local_files_only, **_: seen.append((name, local_files_only)) or Wav2Vec2Config())
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
     monkeypatch.setattr(Wav2Vec2Model, "from_pretrained", lambda name, **options: seen.append((name, options["local_files_only"])))
     with pytest.raises(ValueError):                                     # nothing comes back from this one

@@ -333,3 +333,5 @@ def test_what_ears_say_is_read_off_their_last_row(tmp_path):
         proxies.Ears(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"audio": "facebook/wav2vec2-base-960h"}), encoding="utf-8")
     assert proxies.Ears(tmp_path).head is None
+    (tmp_path / "config.json").write_text(json.dumps(config | {"audio": str(tiny / "whisper")}), encoding="utf-8")
+    assert proxies.Ears(tmp_path).encoder.layers == 3                           # a path of its own is followed as infer.py does

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import puppet
 import train_audio
-from audio import HOP, RATE, AudioEncoder
+from audio import HOP, RATE, AudioEncoder, whisper_states
 from data import ClipFolder
 from puppet import lip_opening, mouth_curves, read_phones
 from train_audio import AudioConfig, start_from
@@ -78,18 +78,24 @@ def test_who_starts_from_trained_ears_starts_with_what_they_know(tmp_path, kind)
     else:
         model = Wav2Vec2Model(Wav2Vec2Config(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, conv_dim=(8,) * 7,
                                              num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2))
+    norm = model.layer_norm if kind == "whisper" else torch.nn.Identity()
+    if kind == "whisper":
+        torch.nn.init.uniform_(norm.weight)
     model.save_pretrained(tmp_path)
     whole, cut = AudioEncoder(tmp_path), start_from(AudioEncoder(tmp_path), AudioConfig(layers=2, dropout=0.5))
     wave = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 8 * RATE), np.float32))
-    before, after = (train_audio.encode(model.eval(), wave) for model in (whole.model, cut))
-    assert len(after) == 2 and torch.equal(before[0], after[0].detach())
+    say = whisper_states if kind == "whisper" else train_audio.encode       # 50 a second, as the last one is normed before two make a frame
+    before, after = (say(model.eval(), wave) for model in (whole.model, cut))
+    assert len(after) == 2 and torch.equal(before[0], after[0]) and torch.equal(norm(before[1]), after[1])
     assert {name for name, p in cut.named_parameters() if not p.requires_grad} == ({"embed_positions.weight"} if kind == "whisper" else set())
     assert len(cut.embed_positions.weight) == 400 if kind == "whisper" else not hasattr(cut, "embed_positions")
     torch.manual_seed(0)
-    assert not torch.equal(train_audio.encode(cut.train(), wave)[0], after[0])                # and some of it is dropped now
+    assert not torch.equal(say(cut.train(), wave)[0], after[0])                # and some of it is dropped now
     cut.save_pretrained(tmp_path / "cut")
-    assert torch.equal(AudioEncoder(tmp_path / "cut").features(wave[0], 0, 9), AudioEncoder(tmp_path / "cut").features(wave[0], 0, 9))
-    assert AudioEncoder(tmp_path / "cut").layers == 2
+    heard = torch.stack(train_audio.encode(cut.eval(), train_audio.normalise(wave)), 2)[0]
+    assert AudioEncoder(tmp_path / "cut").layers == 2 and torch.equal(AudioEncoder(tmp_path / "cut").features(wave[0], 0, 200), heard)
+    still = start_from(AudioEncoder(tmp_path), AudioConfig(layers=0, dropout=0.0)).train()
+    assert len(say(still, wave)) == 3 and torch.equal(say(still, wave)[2], before[2])         # 0: all; and nothing is dropped
 
 
 def test_both_halves_of_the_loss_teach():
@@ -111,10 +117,10 @@ def test_both_halves_of_the_loss_teach():
 def test_twenty_steps_learn_and_a_kill_changes_nothing(tmp_path, monkeypatch):
     """Training finds four tones in 20 steps, and a run that was killed and resumed ends in the same bits."""
     takes = train_audio.load_speech(*write_tones(tmp_path))
-    cfg = AudioConfig(steps=20, every=10, frames=50, bf16=0, lr=5e-5)
+    cfg = AudioConfig(steps=20, every=10, frames=50, bf16=0, lr=5e-5, dropout=0.1)
     start = lambda: start_from(AudioEncoder(EARS), cfg)
     losses = train_audio.train(cfg, start(), takes, [], tmp_path / "a", tmp_path / "run_a")
-    assert losses[0] > 4 and np.mean(losses[-3:]) < 2.6                 # chance among 41 phones: log 41 = 3.7, and 1 or so of the opening
+    assert losses[0] > 4 and np.mean(losses[-3:]) < 3.2                 # chance among 41 phones: log 41 = 3.7, and 1 or so of the opening
     figures = train_audio.evaluate(tmp_path / "a", takes)
     assert figures["opening_correlation"] > 0.3                         # a tone of its own opens the mouth: even 20 steps hear that
     head = load_file(tmp_path / "a" / "head.safetensors")
@@ -172,7 +178,7 @@ def test_the_command_trains_measures_and_refuses(tmp_path, capsys):
     nowhere = str(tmp_path / "no")
     (tmp_path / "phones" / "0-a.tsv").write_text("0.0\t1.0\tzz\n", encoding="utf-8")         # no confidence is fine, no such phone is not
     for wrong in ([], ["--speech", nowhere], ["--out", nowhere, "--evaluate"], ["--clips", nowhere], ["--cache", nowhere],
-                  ["--resume", "--run-dir", nowhere], ["--init", nowhere], ["--layers", "9"]):
+                  ["--resume", "--run-dir", nowhere], ["--init", nowhere], ["--layers", "9"], ["--layers", "-1"], ["--every", "0"]):
         with pytest.raises(SystemExit) as stop:
             train_audio.main([*common, *wrong])
         message = capsys.readouterr().err
