@@ -23,6 +23,7 @@ RATE = 16000                # samples a second, what every Wav2Vec2 and Whisper 
 FPS = 25                    # video frames a second
 HOP = RATE // FPS           # samples of one video frame: frame i owns samples [640 i, 640 (i+1))
 CONTEXT = 8 * FPS           # frames the encoder hears at most, back from the end of the frames asked for
+KINDS = "wav2vec2", "whisper"               # encoders that can be heard with; also the names of their folders among a preset's weights
 
 # -------------------------------------------------------------------------------------------------- recording
 
@@ -154,8 +155,8 @@ class AudioEncoder:
         try:
             config = AutoConfig.from_pretrained(str(name_or_path), local_files_only=here, trust_remote_code=False)
             kind = config.model_type
-            if kind not in ("wav2vec2", "whisper"):
-                raise ValueError(f"it is a {kind}, not a wav2vec2 or whisper")
+            if kind not in KINDS:
+                raise ValueError(f"it is a {kind}, not a {' or '.join(KINDS)}")
             if kind == "whisper" and config.max_source_positions < 2 * CONTEXT:
                 raise ValueError(f"it hears {config.max_source_positions / 50} s at once, 8 are needed")
             of_it = {"key_mapping": {r"^(model\.)?encoder\.": ""}} if kind == "whisper" else {}       # a whole Whisper's encoder, or one by itself
@@ -187,8 +188,8 @@ class AudioEncoder:
 
 
 def encoder_path(weights, name):
-    """Where what config.json of a folder of weights calls "audio" lies: "wav2vec2" and "whisper" in that folder, all else is a hub name or a path."""
-    return Path(weights) / name if name in ("wav2vec2", "whisper") else Path(name)
+    """Where what config.json of a folder of weights calls "audio" lies: one of KINDS in that folder, all else is a hub name or a path."""
+    return Path(weights) / name if name in KINDS else Path(name)
 
 
 def encoder_of(weights, name, device="cpu"):

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from audio import AudioEncoder, AudioProjection, encoder_of
+from audio import KINDS, AudioEncoder, AudioProjection, encoder_of
 from checkpoint import write_json, write_safetensors
 from chunks import one_per_folder
 from data import ClipFolder
@@ -160,7 +160,7 @@ def main(argv=None):
         tensors, dit, figures = swap(args.weights, config, ears, *parts, args.steps, device)
         with safe_open(args.weights / "teacher.safetensors", "pt") as file:
             about = file.metadata() or {}
-        other = shutil.ignore_patterns("student*", "teacher*", "wav2vec2", "whisper", "*.part", "*.json")
+        other = shutil.ignore_patterns("student*", "teacher*", *KINDS, "*.part", "*.json")
         aside = args.out.with_name(args.out.name + ".part")
         shutil.rmtree(aside, ignore_errors=True)                                # of a run that was killed
         shutil.copytree(args.weights, aside, ignore=other)

@@ -76,14 +76,14 @@ class AudioConfig:
 def start_from(encoder, cfg):
     """AudioEncoder -> its network, to be trained, cut to cfg.layers layers and, a Whisper, to the 8 s that are ever heard at once."""
     model = encoder.model.requires_grad_(True)
-    if model.config.model_type == "whisper":
-        model.config.max_source_positions = 2 * CONTEXT
-        model.embed_positions = nn.Embedding.from_pretrained(model.embed_positions.weight[:2 * CONTEXT].detach().clone())      # sines, never trained
-    layers = model.layers if model.config.model_type == "whisper" else model.encoder.layers
+    layers = (model if model.config.model_type == "whisper" else model.encoder).layers
     if not 0 <= cfg.layers <= len(layers):
         raise ValueError(f"--layers {cfg.layers}, but there are {len(layers)}")
     del layers[cfg.layers or len(layers):]
     model.config.num_hidden_layers = len(layers)
+    if model.config.model_type == "whisper":
+        model.config.max_source_positions = 2 * CONTEXT
+        model.embed_positions = nn.Embedding.from_pretrained(model.embed_positions.weight[:2 * CONTEXT].detach().clone())      # sines, never trained
     for module in model.modules():                                          # some keep a module for it, some a rate
         if isinstance(module, nn.Dropout):
             module.p = cfg.dropout
