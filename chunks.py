@@ -92,9 +92,9 @@ def encode_clip(clip, starts, pictures, T, vae, encoder, device, bf16, fresh=Fal
 def encode_clips(clips, vae, encoder, cache, cfg, device="cpu", rank=0, world=1, fresh=False):
     """Clips -> list of Chunk; encodes those that the cache folder does not hold yet. Kill it and run it again: it goes on.
 
-    The key is the video file, the weights of both encoders and the grid. Frames and masks stay where data.py has put them."""
-    weights = fingerprint(vae.encoder, vae.conv1, encoder.model)                # not the decoder's: it encodes nothing
-    key = [3, weights, vae.config.latents_mean, vae.config.latents_std, cfg.frames, cfg.head, cfg.offsets, cfg.references, cfg.encode_bf16]
+    The key is the video file, the weights of the encoders that are used and the grid. Frames and masks stay where data.py has put them."""
+    codec = [] if fresh else [fingerprint(vae.encoder, vae.conv1), vae.config.latents_mean, vae.config.latents_std]     # sound knows none
+    key = [4, *codec, fingerprint(encoder.model), cfg.frames, cfg.head, cfg.offsets, cfg.references, cfg.encode_bf16]
     cache.mkdir(parents=True, exist_ok=True)
     chunks, jobs = [], []
     for number, clip in enumerate(clips):
@@ -139,46 +139,6 @@ def worn(kappa, wear, rounds, noise, cells=4):
     blotches = nnf.interpolate(corner, size=kappa.shape[2:], mode="bilinear")[0, :, None]       # they would average out; (C, 1, h, w)
     less = torch.einsum("cd,dmhw->cmhw", torch.linalg.matrix_power(wear, rounds), kappa)
     return less + rounds ** 0.5 * (0.3 * noise + 0.15 * blotches)
-
-
-def blocks(video):
-    """(B, 3, T, H, W) -> (B, F, h, w, 3 * 4 * 8 * 8): the pixels one latent stands for; the first frame counts four times."""
-    v = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)        # (B, 3, 4F, H, W)
-    v = v.unflatten(4, (-1, 8)).unflatten(3, (-1, 8)).unflatten(2, (-1, 4))     # (B, 3, F, 4, h, 8, w, 8)
-    return v.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
-
-
-class LinearCodec:
-    """The encoder as two matrices: of a picture's blocks, 4 x 8 x 8 pixels each, and of those that follow. Least squares over some clips.
-
-    The small VAE's encoder was trained towards principal components, so this is nearly all of it: 1 part in 100 of a latent's variance is
-    missing, 6 of the motion of a puppet's mouth (LOG.md). 4 ms for 33 frames instead of 330: a clip can be cut out anew at every draw."""
-
-    @torch.no_grad()
-    def __init__(self, vae, videos, device="cpu"):
-        """videos: (1, 3, T, H, W) each; device: the VAE's. -> .matrices; .missing, the share of these latents' variance that they do not give."""
-        square, product, total = [torch.eye(769).double() for _ in range(2)], [0.0, 0.0], [0.0, 0.0]
-        for video in videos:
-            pair = blocks(video), vae.encode(video.to(device)).cpu().movedim(1, -1)
-            for i, part in enumerate((slice(0, 1), slice(1, None))):            # the first latent is special: see vae.py
-                x, y = (z[:, part].flatten(0, 3).double() for z in pair)
-                x = torch.cat([x, torch.ones(len(x), 1)], 1)                    # (n, 769)
-                square[i], product[i], total[i] = square[i] + x.T @ x, product[i] + x.T @ y, total[i] + y.square().sum(0)
-        found = [torch.linalg.solve(s, p) for s, p in zip(square, product)]     # (769, C)
-        rest = sum((t - (w * (p + w)).sum(0)).sum() for t, w, p in zip(total, found, product))      # + w: of the 1 on the diagonal
-        variance = sum((t - p[-1].square() / (s[-1, -1] - 1)).sum() for t, p, s in zip(total, product, square))    # last row: sums, and how many
-        self.matrices, self.missing = [w.float() for w in found], (rest / variance).item()
-
-    def encode(self, video):
-        """(1, 3, T, H, W) -> (C, F, h, w)"""
-        x = blocks(video)[0]                                                    # (F, h, w, 768)
-        z = [part @ matrix[:-1] + matrix[-1] for part, matrix in zip((x[:1], x[1:]), self.matrices)]
-        return torch.cat(z).movedim(-1, 0)
-
-    def still(self, picture, F):
-        """z_id, Eq. 3: (1, 3, 1, H, W) -> (C, F, h, w). Its first latent, and one for all others: without a memory they are equal."""
-        two = self.encode(picture.expand(-1, -1, 5, -1, -1))                    # (C, 2, h, w)
-        return torch.cat([two[:, :1], two[:, 1:].expand(-1, F - 1, -1, -1)], 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------- batch

@@ -41,34 +41,12 @@ from tqdm import tqdm
 import dit
 import report
 from audio import encoder_of
-from checkpoint import (
-    gather,
-    join,
-    load_checkpoint,
-    log,
-    mean,
-    save_checkpoint,
-    save_picture,
-    shard,
-    swap,
-    trim_log,
-    write_json,
-    write_safetensors,
-)
-from chunks import (
-    LinearCodec,
-    Pools,
-    collate,
-    encode_clips,
-    load_row,
-    one_per_folder,
-    pixels,
-    shorten,
-    wear_of,
-)
+from checkpoint import gather, join, load_checkpoint, log, mean, save_checkpoint, save_picture, shard, swap, trim_log, write_json, write_safetensors
+from chunks import Pools, collate, encode_clips, load_row, one_per_folder, pixels, shorten, wear_of
 from data import ClipFolder
-from dit import AudioDiT, DiTConfig, add_noise, load_wan_checkpoint, replace_head, sample_teacher, velocity, x0_from_velocity
+from dit import AudioDiT, DiTConfig, add_noise, load_wan_checkpoint, replace_head, sample_teacher, velocity, widen, x0_from_velocity
 from infer import pick
+from linear import LinearCodec
 from muon import Muon
 from tre import IDENTITY
 from vae import load_vae
@@ -389,7 +367,7 @@ def prepare(args, cfg, device, rank, world):
     if args.init:
         ours = "audio_proj.norm.weight" in (tensors := load_file(args.init))
         try:
-            print(model.load_state_dict(tensors) if ours else load_wan_checkpoint(model, tensors))
+            print(model.load_state_dict(widen(tensors, model.state_dict())) if ours else load_wan_checkpoint(model, tensors))
         except RuntimeError as error:
             raise ValueError(f"--init {args.init} is another network: {' '.join(str(error).split())[:200]}") from None
     parts, fresh = ("all", "all") if cfg.chunks else ("train", "val"), args.fresh or [0] * len(args.data)      # all: learnt by heart, validated

@@ -131,7 +131,7 @@ def lines(old):
 def equations(old):
     """Number -> the functions that say "Eq. NUMBER" in their docstrings or comments, in the order of the paper."""
     where = {}
-    for path in (ROOT / name for name in ("dit.py", "tre.py", "train_teacher.py", "distill_student.py", "chunks.py", "data.py")):
+    for path in (ROOT / name for name in ("dit.py", "tre.py", "train_teacher.py", "distill_student.py", "chunks.py", "linear.py", "data.py")):
         source = path.read_text(encoding="utf-8")
         for node in ast.parse(source).body:
             name = getattr(node, "name", "Config")

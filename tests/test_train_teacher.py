@@ -22,8 +22,9 @@ import dit
 import infer
 import train_teacher as tt
 from checkpoint import log, save_picture, swap
-from chunks import EYES, MOUTH, LinearCodec, Pools, blocks, chunk_starts, collate, encode_clips, load_row, part_of, place_window, wear_of, worn
+from chunks import EYES, MOUTH, Pools, chunk_starts, collate, encode_clips, load_row, part_of, place_window, wear_of, worn
 from data import Clip, write_mp4
+from linear import LinearCodec, blocks
 from vae import PRESETS as VAE
 from vae import WanVAE
 
