@@ -334,7 +334,19 @@ def sample_teacher(model, noise, identity, audio, kappa, steps=50, shift=5.0, gu
             callback(step, x)
     return x
 
-# --------------------------------------------------------------------------------------- official checkpoints
+# ------------------------------------------------------------------------------------------- other checkpoints
+
+
+def widen(state_dict, own):
+    """An AudioDiT's weights for latents of fewer channels into `own`, the fresh ones of a network for more -> state dict; of equal ones, as they are.
+
+    The new channels are the last. Their velocity begins at 0, like that of a new network. What reads them begins at random: were it 0, too,
+    neither would have a gradient until the other has grown (LOG.md)."""
+    ready = dict(state_dict)
+    for name, dim, groups in (("patch_embedding.weight", 1, 2), ("head.head.weight", 0, 4), ("head.head.bias", 0, 4)):   # [noisy | identity]; a patch
+        old, new = (x[name].movedim(dim, -1).unflatten(-1, (groups, -1)) for x in (state_dict, own))         # (..., groups, C)
+        ready[name] = torch.cat([old, new[..., old.shape[-1]:].to(old)], -1).flatten(-2).movedim(-1, dim)
+    return ready
 
 
 def load_wan_checkpoint(model, state_dict):

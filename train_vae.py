@@ -3,6 +3,7 @@
     python vae.py --data PUPPETS GRID PORTRAITS --out weights/tiny          two cores: about 2 hours; runs/vae holds checkpoint, log and strip
     python vae.py --init weights/tiny --steps 4000 --lr 8e-4 --data ...     from trained weights: longer, steadier
     python vae.py --init weights/tiny --decoder-only ...                    from trained weights, their latents left as they are
+    python vae.py --init weights/tiny --widen 8 --out weights/moving ...    from trained weights, and channels for what moves within a latent
     python vae.py --evaluate --data PUPPETS GRID --out weights/tiny         held-out clips -> the figures of vae_metrics.json
 
 The course goes from easy to real: pictures first, where only the last tap of every temporal kernel acts (an image autoencoder: many
@@ -15,7 +16,7 @@ import json
 import re
 import signal
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from checkpoint import write_json, write_safetensors
-from chunks import blocks, one_per_folder, pixels
+from chunks import one_per_folder, pixels
 from data import ClipFolder
+from linear import principal_components
 from muon import Muon
 from vae import PRESETS, CausalConv3d, ResidualBlock, WanVAE, load_vae
 
@@ -35,25 +37,6 @@ from vae import PRESETS, CausalConv3d, ResidualBlock, WanVAE, load_vae
 
 def spatial_gradient(x):
     return x[..., 1:, :-1] - x[..., :-1, :-1], x[..., :-1, 1:] - x[..., :-1, :-1]
-
-
-def principal_components(batches, channels):
-    """Videos -> a function (B, 3, T, H, W) -> (B, C, F, h, w): the best *linear* codec of blocks of 4 x 8 x 8 pixels.
-
-    It is a goal worth giving to the encoder. Without it two hours of training stayed 4 dB below plain principal components; and a projection
-    done twice is the same projection, which is what a video that is decoded and encoded again at every chunk needs.
-    Component i has variance v_i; it is scaled to v_i^(1/2): half-way between pixels' weights (1: a diffusion model would
-    see little but brightness) and white (0: it would spend itself on grain). A Hadamard matrix, orthogonal and all of +-1, spreads the
-    components over channels of equal variance, so that a latent of mean 0 and standard deviation 1 is what the DiT gets."""
-    x = torch.cat([blocks(v).flatten(0, 3) for v in batches])                   # (n, 768)
-    mean = x.mean(0)
-    variance, basis = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))     # ascending
-    variance, basis = variance[-channels:], basis[:, -channels:]
-    hadamard = torch.ones(1, 1)
-    while len(hadamard) < channels:                                             # Sylvester's construction: channels is a power of two
-        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
-    matrix = basis * variance ** -0.25 @ hadamard / variance.sqrt().sum().sqrt()  # (768, C)
-    return lambda video: ((blocks(video) - mean) @ matrix).movedim(-1, 1)
 
 
 def vae_loss(vae, inputs, video, cfg, generator, linear=None):
@@ -103,6 +86,7 @@ class TrainConfig:
     kl: float = 1e-4                # weight of the KL term, mean over latents
     anchor: float = 1.0             # weight of the distance from principal components
     cycle: float = 1.0              # weight of the distance between the video's latents and the output's own; costs half a step more
+    widen: int = 0                  # with --init: so many latent channels more, for what moves within four frames
     lips: float = 0.0               # share of the crops that are cut around the mouth of a face-centred clip
     ema: float = 0.999              # decay of the averaged weights that are shipped
     seed: int = 0                   # of everything random
@@ -199,19 +183,25 @@ def load_checkpoint(path, vae, ema, opt, rounds):
 
 
 def export(folder, vae, ema, clips):
-    """Measure mean and std of the clips' latents (no clips: keep them), then write vae.safetensors (float16) and the "vae" part of config.json."""
+    """Measure mean and std of the clips' latents (no clips: keep them), then write vae.safetensors (float16) and the "vae" part of config.json.
+
+    Channels for what moves are almost nothing where nothing moves: they are made as loud as others *around a mouth*, by their std there."""
     averaged = WanVAE(vae.config).eval()                                        # (a compiled network would compile again for these shapes)
     averaged.load_state_dict(ema)
-    total, square, n = 0, 0, 0
+    means, squares = [], []                                                     # of a clip's latents, and of those of its mouth: (C, 2) each
     with torch.no_grad():
         for clip in clips[:: max(1, len(clips) // 128)]:
             T = min(17, (len(clip.frames) - 1) // 4 * 4 + 1)
             mu = averaged.posterior(pixels(clip.frames[:T]))[0].double()
-            total, square, n = total + mu.sum((0, 2, 3, 4)), square + mu.square().sum((0, 2, 3, 4)), n + mu[:, 0].numel()
+            y0, y1, x0, x1 = (round(part * mu.shape[-1]) for part in MOUTH)
+            both = [mu.transpose(0, 1).flatten(1), mu[..., y0:y1, x0:x1].transpose(0, 1).flatten(1)]
+            means.append(torch.stack([x.mean(1) for x in both], 1)), squares.append(torch.stack([x.square().mean(1) for x in both], 1))
     config = asdict(vae.config)
     if clips:
-        mean = total / n
-        std = (square / n - mean ** 2).sqrt()
+        mean, square = (torch.stack(x).mean(0) for x in (means, squares))       # (C, 2); clips count alike
+        std = (square - mean ** 2).sqrt()
+        still = torch.arange(len(std)) < len(std) - vae.config.moving
+        mean, std = mean[:, 0], std[:, 0].where(still, std[:, 1])
         config |= {"latents_mean": [round(x, 4) for x in mean.tolist()], "latents_std": [round(x, 4) for x in std.tolist()]}
     write_safetensors(folder / "vae.safetensors", {k: v.half().contiguous() for k, v in ema.items()}, {"class": "WanVAE"})
     path = folder / "config.json"
@@ -221,15 +211,18 @@ def export(folder, vae, ema, clips):
 
 def train(cfg, config, folders, out, resume, init=None):
     torch.manual_seed(cfg.seed)
-    vae, course, rounds = WanVAE(config), COURSE, Rounds()
-    begin(vae)
-    draw = lambda i: training_batch(folders, *COURSE[1][1:3], 16, torch.Generator().manual_seed(cfg.seed + i))
-    linear = None if init else principal_components([draw(i) for i in range(24)], config.z_dim)
+    vae, course, rounds, linear = WanVAE(config), POLISH if init else COURSE, Rounds(), None
+    draw = lambda i: training_batch(folders, *COURSE[1][1:3], 16, torch.Generator().manual_seed(cfg.seed + i), cfg.lips)
     if init:
         trained = load_vae(init)
-        vae = WanVAE(trained.config)
-        vae.load_state_dict(trained.state_dict())
-        course = POLISH
+        vae = WanVAE(wider(trained.config, cfg.widen))
+        widen(vae, trained)
+        if cfg.widen:
+            first = torch.no_grad()(lambda video: trained.posterior(video)[0].float())
+            linear = principal_components([draw(i) for i in range(24)], trained.config.z_dim, cfg.widen, first)
+    else:
+        begin(vae)
+        linear = principal_components([draw(i) for i in range(24)], config.z_dim - config.moving, config.moving)
     if cfg.decoder_only:
         vae.encoder.requires_grad_(False), vae.conv1.requires_grad_(False)
     opt = Muon({name: p for name, p in vae.named_parameters() if p.requires_grad}, cfg.lr)
@@ -297,6 +290,27 @@ def begin(vae):
                     layer.weight.zero_()
                     layer.bias.zero_()
                     layer.weight[:, :, -1, 0, 0] = torch.eye(layer.in_channels).repeat(layer.out_channels // layer.in_channels, 1)
+
+
+def wider(config, more):
+    """The config with so many latent channels more, of what moves; their statistics are not known yet."""
+    return replace(config, z_dim=config.z_dim + more, moving=config.moving + more,
+                   latents_mean=config.latents_mean + (0.0,) * more, latents_std=config.latents_std + (1.0,) * more)
+
+
+@torch.no_grad()
+def widen(vae, trained):
+    """A trained VAE's weights into one with as many latent channels or more: the first stay what they were, the decoder does not know the others."""
+    C, more = trained.config.z_dim, vae.config.z_dim
+    both = np.r_[:C, more:more + C]                                             # of means, then log-variances
+    for name, own in vae.state_dict().items():
+        old = trained.state_dict()[name]
+        if own.shape != old.shape and not name.startswith("encoder"):           # new rows of the encoder's head stay random
+            own.zero_()
+        own[np.ix_(*(range(m) if m == n else both if n == 2 * more else range(C) for m, n in zip(old.shape, own.shape)))] = old
+    for layer in (vae.conv1, vae.conv2):
+        layer.weight[C:more, C:more, 0, 0, 0] = torch.eye(more - C)
+    vae.conv1.bias[more + C:] = -6.0                                            # as in begin()
 
 
 @torch.no_grad()
@@ -405,14 +419,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         one_per_folder(args, "cache")
+        if not 0 <= args.lips <= 1:
+            raise ValueError(f"--lips {args.lips} is a share, 0 to 1")
+        if args.widen and (not args.init or args.decoder_only or args.widen < 0 or args.widen & (args.widen - 1)):
+            raise ValueError(f"--widen {args.widen}: 1, 2, 4, 8, ... channels more for the VAE of --init, and not with --decoder-only")
         folders = [ClipFolder(folder, 128, "val" if args.evaluate else "train", args.cache[i] if args.cache else None, need_audio=False).clips
                    for i, folder in enumerate(args.data)]
         if not any(folders):
             raise ValueError(f"no clips in {args.data}")
         if args.evaluate:
             return evaluate(args.out, folders, [Path(d).resolve().name for d in args.data], args.clips)
-        if not 0 <= args.lips <= 1:
-            raise ValueError(f"--lips {args.lips} is a share, 0 to 1")
         cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
         longest = max(stage[1] for stage in (POLISH if args.init else COURSE))
         if not any(len(c.frames) >= longest for f in folders for c in f):

@@ -33,6 +33,7 @@ WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 class VAEConfig:
     dim: int = 96                                       # channels at full resolution
     z_dim: int = 16                                     # latent channels C
+    moving: int = 0                                     # the last of them, for what moves within a latent's four frames: ours, see linear.py
     dim_mult: tuple = (1, 2, 4, 4)                      # channels of the four resolutions, in units of dim
     num_res_blocks: int = 2                             # residual blocks a resolution (the decoder has one more)
     temporal_downsample: tuple = (False, True, True)    # which of the three downsamplings also halve time

@@ -404,3 +404,20 @@ def test_shapes_that_do_not_fit_are_refused(wrong):
         network()(latents, t, identity, audio)
     with pytest.raises(ValueError, match="heads"):
         AudioDiT(dataclasses.replace(SMALL, heads=3))
+
+
+def test_a_network_for_more_channels_begins_as_the_old_one():
+    """Law: widened, it says of the old channels what it said, of the new ones 0; it can see them, and has a gradient to learn with."""
+    model, wide = network(), AudioDiT(dataclasses.replace(SMALL, channels=5)).eval()
+    wide.load_state_dict(dit.widen(model.state_dict(), wide.state_dict()))
+    z, identity = rand(2, 5, F, H, W), rand(2, 5, F, H, W, seed=1)
+    t, audio = torch.tensor([100.0, 900.0]), rand(2, 4 * F - 3, 2, 6, seed=2)
+    with torch.no_grad():
+        old, new = model(z[:, :2], t, identity[:, :2], audio), wide(z.where(torch.arange(5).view(5, 1, 1, 1) < 2, 0),
+                                                                    t, identity.where(torch.arange(5).view(5, 1, 1, 1) < 2, 0), audio)
+    assert torch.allclose(new[:, :2], old, atol=1e-5) and old.abs().max() > 0.1 and not new[:, 2:].any()
+    (wide(z, t, identity, audio)[:, 2:] - z[:, 2:]).square().sum().backward()
+    gain = wide.head.head.weight.grad.view(4, 5, -1)[:, 2:] @ wide.patch_embedding.weight.detach().flatten(1)  # what its new rows begin to read
+    assert gain.unflatten(-1, (2, 5, 4))[..., 0, 2:, :].abs().mean() > 0.01 * gain.abs().mean()
+    same = dit.widen(model.state_dict(), network(seed=1).state_dict())
+    assert all(torch.equal(tensor, same[name]) for name, tensor in model.state_dict().items())

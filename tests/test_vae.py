@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train_vae as T
+from linear import blocks, principal_components, within
 from vae import PRESETS, CausalConv3d, VAEConfig, WanVAE, load_vae
 
 SMALL = VAEConfig(dim=8, z_dim=4, latents_mean=(0.1, -0.2, 0.3, 0.0), latents_std=(1.5, 0.5, 2.0, 1.0))
@@ -223,15 +224,38 @@ def test_the_decoder_can_be_trained_alone(tmp_path, monkeypatch):
 
 
 def test_exported_weights_load_and_normalise(tmp_path, monkeypatch):
-    """What train() ships is what load_vae() reads, and its latents have mean 0, standard deviation 1."""
+    """What train() ships is what load_vae() reads. Its latents have mean 0 and standard deviation 1; those of what moves, which mostly are nothing,
+    have it around a mouth."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(T, "COURSE", COURSE)
-    config = replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
+    config = T.wider(replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2)), 8)
     T.train(T.TrainConfig(steps=2), config, [moving_clips()], tmp_path, resume=False)
     vae = load_vae(tmp_path)
     with torch.no_grad():
-        z = torch.cat([vae.encode(T.pixels(c.frames)) for c in moving_clips()])
-    assert z.mean((0, 2, 3, 4)).abs().max() < 0.05 and (z.std((0, 2, 3, 4)) - 1).abs().max() < 0.05
+        z = torch.cat([vae.encode(T.pixels(c.frames)) for c in moving_clips()])                             # (4, 24, 3, 4, 4)
+    y0, y1, x0, x1 = (round(4 * part) for part in T.MOUTH)
+    assert z.mean((0, 2, 3, 4)).abs().max() < 0.05 and (z.std((0, 2, 3, 4)) - 1)[:16].abs().max() < 0.05
+    assert (z[..., y0:y1, x0:x1].std((0, 2, 3, 4)) - 1)[16:].abs().max() < 0.05 and (z.std((0, 2, 3, 4)) - 1)[16:].abs().max() > 0.1
+
+
+def test_a_vae_of_sixteen_channels_gets_more(tmp_path, monkeypatch):
+    """Law: --widen asks the first channels for what they were (nothing to learn at the first step), the new ones for what moves."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(T, "COURSE", COURSE)
+    monkeypatch.setattr(T, "POLISH", COURSE[1:])
+    config = replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
+    T.train(T.TrainConfig(steps=2), config, [moving_clips()], tmp_path / "a", resume=False)
+    goals, loss = [], T.vae_loss
+
+    def spy(vae, inputs, video, cfg, generator, linear):
+        with torch.no_grad():
+            goals.append((vae.posterior(video)[0] - linear(video)).square().mean((0, 2, 3, 4)))             # (24,)
+        return loss(vae, inputs, video, cfg, generator, linear)
+    monkeypatch.setattr(T, "vae_loss", spy)
+    T.train(T.TrainConfig(steps=1, widen=8), config, [moving_clips()], tmp_path / "b", resume=False, init=tmp_path / "a")
+    assert len(goals) == 1 and goals[0][:16].max() < 1e-3 and goals[0][16:].min() > 0.01                    # autocast rounds
+    known = load_vae(tmp_path / "b").config
+    assert (known.z_dim, known.moving) == (24, 8)
 
 
 def test_an_uncertain_motion_is_answered_by_its_mean():
@@ -276,13 +300,56 @@ def test_crops_around_the_mouth_hold_it():
 def test_principal_components_are_the_best_linear_codec():
     """No linear codec of 16 numbers a block loses less than the discarded components; channels are equally loud; a still clip stays still."""
     videos = [torch.randn(4, 3, 9, 16, 16, generator=torch.Generator().manual_seed(i)).cumsum(4).cumsum(3) / 20 for i in range(4)]
-    linear = T.principal_components(videos, 16)
+    linear = principal_components(videos, 16)
     z = torch.cat([linear(v).movedim(1, -1).flatten(0, 3) for v in videos])                                 # (n, 16)
     assert z.mean(0).abs().max() < 1e-4 and (z.square().mean(0) - 1).abs().max() < 1e-3
-    x = torch.cat([T.blocks(v).flatten(0, 3) for v in videos])
+    x = torch.cat([blocks(v).flatten(0, 3) for v in videos])
     x = x - x.mean(0)
     lost = (x - z @ torch.linalg.lstsq(z, x).solution).square().sum(1).mean()
     discarded = torch.linalg.svdvals(x)[16:].square().sum() / len(x)
     assert torch.isclose(lost, discarded, rtol=1e-3)
     still = linear(videos[0][:, :, :1].expand(-1, -1, 9, -1, -1))
     assert torch.allclose(still, still[:, :, :1].expand_as(still), atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_moves_has_channels_of_its_own(trained):
+    """Law: of change within four frames that the first channels leave no other 4 numbers hold more; what stands still is nothing there."""
+    videos = [torch.randn(4, 3, 9, 16, 16, generator=torch.Generator().manual_seed(i)).cumsum(4).cumsum(3) / 20 for i in range(4)]
+    x = torch.cat([blocks(v).flatten(0, 3) for v in videos])
+    first = (lambda video: 9 + blocks(video)[..., :768:96].movedim(-1, 1)) if trained else principal_components(videos, 8)
+    goal = principal_components(videos, 8, 4, first if trained else None)
+    both = torch.cat([goal(v).movedim(1, -1).flatten(0, 3) for v in videos])                                # (n, 8 + 4)
+    z, motion = both[:, :8], both[:, 8:]
+    assert torch.allclose(z, torch.cat([first(v).movedim(1, -1).flatten(0, 3) for v in videos]), atol=1e-4)
+    assert (motion.square().mean(0) - 1).abs().max() < 1e-3                                                 # equally loud
+    fit = lambda a, b: b - b.mean(0) - (a - a.mean(0)) @ torch.linalg.lstsq(a - a.mean(0), b - b.mean(0)).solution
+    left = within(fit(z, x))
+    lost = (left - motion @ torch.linalg.lstsq(motion, left).solution).square().sum(1).mean()
+    assert torch.isclose(lost, torch.linalg.svdvals(left)[4:].square().sum() / len(x), rtol=1e-3)
+    assert torch.allclose(within(x).unflatten(1, (3, 4, 64)).sum(2), torch.zeros(1), atol=1e-4)
+    if not trained:
+        still = goal(videos[0][:, :, :1].expand(-1, -1, 9, -1, -1))
+        assert still[:, 8:].square().mean() < 0.1 and torch.allclose(still, still[:, :, :1].expand_as(still), atol=1e-5)
+
+
+def test_a_wider_vae_begins_as_the_old_one(small, clip):
+    """Law: the first channels are the old ones, the decoder shows what it did, whatever the new ones are; their posterior is narrow."""
+    wide = WanVAE(T.wider(SMALL, 2)).eval()
+    T.widen(wide, small)
+    with torch.no_grad():
+        old, new = small.posterior(clip), wide.posterior(clip)
+        assert all(torch.allclose(a, b[:, :4], atol=1e-5) for a, b in zip(old, new))
+        assert new[0][:, 4:].std() > 1e-3 and (new[1][:, 4:] == -6).all()
+        z = torch.cat([small.encode(clip), torch.randn(1, 2, 10, 4, 4)], 1)
+        assert torch.allclose(wide.decode(z), small.decode(small.encode(clip)), atol=1e-5)
+    wide.decode(z.requires_grad_()).sum().backward()
+    assert wide.decoder.conv1.weight.grad[:, 4:].abs().max() > 0                                            # and it can learn to listen
+
+
+@pytest.mark.parametrize("options", [["--widen", "8"], ["--init", "x", "--widen", "6"], ["--init", "x", "--widen", "-8"],
+                                     ["--init", "x", "--widen", "8", "--decoder-only"], ["--lips", "1.5"]])
+def test_options_that_make_no_sense_end_in_a_line(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        T.main(["--data", "nowhere", *options])
+    assert stop.value.code == 2 and options[-2 if options[-1] != "--decoder-only" else 2] in capsys.readouterr().err
