@@ -209,20 +209,25 @@ def export(folder, vae, ema, clips):
     write_json(path, every | {"vae": config})
 
 
+def start(cfg, config, folders, init=None):
+    """A VAE to train, new or that of the folder `init`, and what to ask its encoder for, as matrices (None: nothing) -> WanVAE, linear"""
+    draw = lambda i: training_batch(folders, *COURSE[1][1:3], 16, torch.Generator().manual_seed(cfg.seed + i), cfg.lips)
+    if not init:
+        vae = WanVAE(config)
+        begin(vae)
+        return vae, principal_components([draw(i) for i in range(24)], config.z_dim - config.moving, config.moving)
+    trained = load_vae(init)
+    vae = WanVAE(wider(trained.config, cfg.widen))
+    widen(vae, trained)
+    if not cfg.widen:
+        return vae, None
+    first = torch.no_grad()(lambda video: trained.posterior(video)[0].float())
+    return vae, principal_components([draw(i) for i in range(24)], trained.config.z_dim, cfg.widen, first)
+
+
 def train(cfg, config, folders, out, resume, init=None):
     torch.manual_seed(cfg.seed)
-    vae, course, rounds, linear = WanVAE(config), POLISH if init else COURSE, Rounds(), None
-    draw = lambda i: training_batch(folders, *COURSE[1][1:3], 16, torch.Generator().manual_seed(cfg.seed + i), cfg.lips)
-    if init:
-        trained = load_vae(init)
-        vae = WanVAE(wider(trained.config, cfg.widen))
-        widen(vae, trained)
-        if cfg.widen:
-            first = torch.no_grad()(lambda video: trained.posterior(video)[0].float())
-            linear = principal_components([draw(i) for i in range(24)], trained.config.z_dim, cfg.widen, first)
-    else:
-        begin(vae)
-        linear = principal_components([draw(i) for i in range(24)], config.z_dim - config.moving, config.moving)
+    (vae, linear), course, rounds = start(cfg, config, folders, init), POLISH if init else COURSE, Rounds()
     if cfg.decoder_only:
         vae.encoder.requires_grad_(False), vae.conv1.requires_grad_(False)
     opt = Muon({name: p for name, p in vae.named_parameters() if p.requires_grad}, cfg.lr)
@@ -231,10 +236,10 @@ def train(cfg, config, folders, out, resume, init=None):
         vae.encoder.compile(dynamic=False)
         vae.decoder.compile(dynamic=False)
     path = Path("runs/vae/checkpoint.safetensors")
-    start = load_checkpoint(path, vae, ema, opt, rounds) if resume and path.exists() else 0
+    first = load_checkpoint(path, vae, ema, opt, rounds) if resume and path.exists() else 0
     last_save = clock = time.time()
     seen = 0
-    for step in range(start, cfg.steps + 1):
+    for step in range(first, cfg.steps + 1):
         # ------------------------------------------------------------------------------------------------ save
         if step == cfg.steps or time.time() - last_save > 60 * cfg.minutes:
             save_checkpoint(path, vae, ema, opt, rounds, step)

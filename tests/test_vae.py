@@ -208,15 +208,21 @@ def test_clips_go_round_and_come_back_to_their_first_input():
     assert torch.equal(inputs, torch.zeros(2, 3, 5, 16, 16))                # another shape: the pool starts anew
 
 
-def test_the_decoder_can_be_trained_alone(tmp_path, monkeypatch):
-    """decoder_only leaves every latent as it was, bit for bit: a generator trained on them needs no new training."""
-    from safetensors.torch import load_file
+@pytest.fixture
+def two_steps(tmp_path, monkeypatch):
+    """A folder with the weights of a VAE of 16 channels after two steps; what is trained next starts there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(T, "COURSE", COURSE)
     monkeypatch.setattr(T, "POLISH", COURSE[1:])
     config = replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
     T.train(T.TrainConfig(steps=2), config, [moving_clips()], tmp_path / "a", resume=False)
-    T.train(T.TrainConfig(steps=2, warmup=1, decoder_only=True), config, [moving_clips()], tmp_path / "b", resume=False, init=tmp_path / "a")
+    return tmp_path / "a"
+
+
+def test_the_decoder_can_be_trained_alone(two_steps, tmp_path):
+    """decoder_only leaves every latent as it was, bit for bit: a generator trained on them needs no new training."""
+    from safetensors.torch import load_file
+    T.train(T.TrainConfig(steps=2, warmup=1, decoder_only=True), None, [moving_clips()], tmp_path / "b", resume=False, init=two_steps)
     a, b = (load_file(tmp_path / x / "vae.safetensors") for x in "ab")
     assert {k for k in a if not torch.equal(a[k], b[k])} >= {"decoder.conv1.weight", "decoder.head.2.weight"}
     assert all(torch.equal(a[k], b[k]) for k in a if k.startswith(("encoder.", "conv1.")))
@@ -238,13 +244,8 @@ def test_exported_weights_load_and_normalise(tmp_path, monkeypatch):
     assert (z[..., y0:y1, x0:x1].std((0, 2, 3, 4)) - 1)[16:].abs().max() < 0.05 and (z.std((0, 2, 3, 4)) - 1)[16:].abs().max() > 0.1
 
 
-def test_a_vae_of_sixteen_channels_gets_more(tmp_path, monkeypatch):
+def test_a_vae_of_sixteen_channels_gets_more(two_steps, tmp_path, monkeypatch):
     """Law: --widen asks the first channels for what they were (nothing to learn at the first step), the new ones for what moves."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(T, "COURSE", COURSE)
-    monkeypatch.setattr(T, "POLISH", COURSE[1:])
-    config = replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
-    T.train(T.TrainConfig(steps=2), config, [moving_clips()], tmp_path / "a", resume=False)
     goals, loss = [], T.vae_loss
 
     def spy(vae, inputs, video, cfg, generator, linear):
@@ -252,7 +253,7 @@ def test_a_vae_of_sixteen_channels_gets_more(tmp_path, monkeypatch):
             goals.append((vae.posterior(video)[0] - linear(video)).square().mean((0, 2, 3, 4)))             # (24,)
         return loss(vae, inputs, video, cfg, generator, linear)
     monkeypatch.setattr(T, "vae_loss", spy)
-    T.train(T.TrainConfig(steps=1, widen=8), config, [moving_clips()], tmp_path / "b", resume=False, init=tmp_path / "a")
+    T.train(T.TrainConfig(steps=1, widen=8), None, [moving_clips()], tmp_path / "b", resume=False, init=two_steps)
     assert len(goals) == 1 and goals[0][:16].max() < 1e-3 and goals[0][16:].min() > 0.01                    # autocast rounds
     known = load_vae(tmp_path / "b").config
     assert (known.z_dim, known.moving) == (24, 8)
