@@ -56,6 +56,7 @@ from vae import load_vae
 @dataclass(frozen=True)
 class TeacherConfig:
     network: str = "tiny"           # size of the network: a preset of dit.py, or "debug"
+    skip: float = 0.0               # > 0: linear_velocity (dit.py) of this variance is added to what the network says; ours; 0 = the paper
     steps: int = 6000               # optimiser steps (paper: 15,000)
     batch: int = 8                  # whole pictures' chunks a step, over all processes (paper: 4, whether of each GPU or of all is not said)
     micro: int = 8                  # chunks a network call of one process; gradients add up over the calls of a step
@@ -322,8 +323,8 @@ def check(cfg, args, world):
     at_least_one = ("warmup", "head", "pixel_every", "window", "context", "offsets", "references", "every", "val", "whole")
     if wrong := [f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in at_least_one if getattr(cfg, name) < 1]:
         raise ValueError(f"{', '.join(wrong)} must be at least 1")
-    if not 0 < cfg.decay <= 1 or cfg.worn < 0:
-        raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most; --worn {cfg.worn} 0 or more")
+    if not 0 < cfg.decay <= 1 or min(cfg.worn, cfg.skip) < 0:
+        raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most; --worn {cfg.worn} and --skip {cfg.skip} 0 or more")
     if cfg.window_side < 0 or cfg.window_side % 2:
         raise ValueError(f"--window-side {cfg.window_side} must be even, 0 or more: a token has 2 x 2 latents")
     one_per_folder(args, "share", "cache", "fresh")
@@ -363,12 +364,12 @@ def prepare(args, cfg, device, rank, world):
     vae = load_vae(args.weights, device)
     encoder = encoder_of(args.weights, config["audio"], device)
     torch.manual_seed(cfg.seed)                                                 # the same first weights on every process
-    model = AudioDiT(replace(NETWORKS[cfg.network], channels=vae.config.z_dim, audio_layers=encoder.layers, audio_dim=encoder.dim))
+    model = AudioDiT(replace(NETWORKS[cfg.network], channels=vae.config.z_dim, audio_layers=encoder.layers, audio_dim=encoder.dim, skip=cfg.skip))
     if args.init:
         ours = "audio_proj.norm.weight" in (tensors := load_file(args.init))
         try:
             print(model.load_state_dict(widen(tensors, model.state_dict())) if ours else load_wan_checkpoint(model, tensors))
-        except RuntimeError as error:
+        except (RuntimeError, KeyError) as error:
             raise ValueError(f"--init {args.init} is another network: {' '.join(str(error).split())[:200]}") from None
     parts, fresh = ("all", "all") if cfg.chunks else ("train", "val"), args.fresh or [0] * len(args.data)      # all: learnt by heart, validated
     found = [[ClipFolder(folder, config["size"], part, cache).clips[:cfg.chunks or None] for part in parts]     # on the same
@@ -389,12 +390,13 @@ def prepare(args, cfg, device, rank, world):
     return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders), wear, codec), val
 
 
-def steps_of(path):
-    """Steps that made the weights to start from, by their own word; 0 if there are none, or if they do not say."""
+def made_by(path):
+    """Of the weights to start from: steps that made them, and their --skip; 0 and None if there are none, or if they do not say."""
     if path is None:
-        return 0
+        return 0, None
     with safe_open(path, "pt") as file:
-        return int((file.metadata() or {}).get("steps", 0))
+        about = file.metadata() or {}
+    return int(about.get("steps", 0)), json.loads(about["config"]).get("skip", 0.0) if "config" in about else None
 
 
 def main(argv=None):
@@ -413,7 +415,9 @@ def main(argv=None):
         model, vae, pools, val = prepare(args, cfg, device, rank, world)
         print(f"{cfg}\nparameters: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M\nchunks of T frames: "
               f"{ {T: len(pool) for T, pool in pools.by_length.items()} }\nvalidation chunks: {len(val)}")
-        before = steps_of(args.init)                                            # now: after days of training the file may be gone
+        before, skip = made_by(args.init)                                       # now: after days of training the file may be gone
+        if skip not in (None, cfg.skip):
+            print(f"note: --init {args.init} was made with --skip {skip:g}: what the network has to say is another thing with {cfg.skip:g}")
         state, losses = train(cfg, model, vae, pools, val, args.run, args.resume, device, rank, world)
         export(args.out or args.weights, model.config, state.ema, cfg, before)
         print(f"steps: {cfg.steps}\nloss: {np.mean(losses[-50:] or [np.nan]):.4f}\nweights: {(args.out or args.weights) / 'teacher.safetensors'}")

@@ -58,6 +58,27 @@ def test_the_score_is_the_gradient_of_the_log_density():
     torch.testing.assert_close(dit.score_from_velocity(x.detach(), eps - x0, sigma), slope)
 
 
+def test_what_the_linear_guess_leaves_of_the_velocity_is_for_the_references_to_tell():
+    """Law of least squares: data = what is known + what is open. Of the latter x has nothing more to say, once the guess is taken off."""
+    known, opened, eps = (rand(2, 1, 1, 100, 100, seed=seed) for seed in range(3))
+    sigma = torch.tensor([0.3, 0.9])
+    x0 = known + 0.5 * opened                                           # variance 0.25
+    x, v = dit.add_noise(x0, eps, sigma), dit.velocity(x0, eps)
+    seen = x - dit.add_noise(known, 0 * eps, sigma)                     # what x shows of it, and noise
+    rest = v - dit.linear_velocity(x, sigma, 0.25)
+    assert (rest * seen).mean((1, 2, 3, 4)).abs().max() < 0.03 < 0.1 < (v * seen).mean((1, 2, 3, 4)).abs().min()
+    assert torch.equal(dit.linear_velocity(x, 1.0, 0.25), x) and torch.equal(dit.linear_velocity(x, 0.0, 0.25), -x)
+
+
+def test_with_a_skip_the_network_says_what_the_linear_guess_leaves():
+    """The guess is added to what the same weights would say without; no preset has one."""
+    latents, t, identity, audio = inputs()
+    with torch.no_grad():
+        plain, with_skip = (network(dataclasses.replace(SMALL, skip=skip))(latents, t, identity, audio) for skip in (0.0, 0.15))
+    torch.testing.assert_close(with_skip - plain, dit.linear_velocity(latents, t / 1000, 0.15), atol=1e-5, rtol=1e-4)
+    assert not any(cfg.skip for cfg in PRESETS.values())
+
+
 def test_the_student_takes_the_steps_of_the_shifted_grid():
     """Shift 5 turns 1000, 750, 500, 250 into 1000, 937.5, 833.33, 625. Forgetting it is common."""
     assert [1000 * s for s in student_sigmas()] == pytest.approx([1000, 937.5, 2500 / 3, 625])

@@ -506,7 +506,7 @@ def test_bad_input_is_one_line(folder, capsys):
     save_file({"audio_proj.norm.weight": torch.zeros(3)}, other)
     for bad in (["--data", str(folder / "nowhere")], [], [*clips, "--micro", "3"], [*clips, "--warmup", "0"], [*clips, "--decay", "0"],
                 [*clips, "--every", "0"], [*clips, "--context", "0"], [*clips, "--init", str(other)], [*clips, "--worn", "-1"],
-                [*clips, "--fresh", "1"], [*clips, "--fresh", "-1"], [*clips, "--fresh", "0", "0"],
+                [*clips, "--skip", "-1"], [*clips, "--fresh", "1"], [*clips, "--fresh", "-1"], [*clips, "--fresh", "0", "0"],
                 [*clips, "--window-side", "3"], [*clips, "--window-side", "8"], [*clips, "--share", "1", "1"]):
         with pytest.raises(SystemExit) as stop:
             tt.main([*bad, "--weights", str(folder / "weights"), "--run-dir", str(folder / "bad"), "--preset", "debug", "--device", "cpu"])
@@ -516,6 +516,20 @@ def test_bad_input_is_one_line(folder, capsys):
         tt.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and all(f"--{name.replace('_', '-')}" in text for name in asdict(CFG))
+
+
+def test_a_skip_stays_with_the_weights(folder, capsys):
+    """What was trained with --skip is used with it. Who goes on from there without is told: the same weights then say another thing."""
+    options = ["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--out", str(folder / "skip"), "--preset", "debug",
+               "--device", "cpu", "--steps", "1"]
+    tt.main([*options, "--run-dir", str(folder / "skip/run"), "--skip", "0.15"])
+    assert json.loads((folder / "skip/config.json").read_text(encoding="utf-8"))["dit"]["skip"] == 0.15
+    init, notes = ["--init", str(folder / "skip/teacher.safetensors")], []
+    for more in ([], ["--skip", "0.15"]):
+        capsys.readouterr()
+        tt.main([*options, *init, "--out", str(folder / "skip/on"), "--run-dir", str(folder / "skip/on" / str(len(more))), *more])
+        notes.append(capsys.readouterr().out.count("note: --init"))
+    assert notes == [1, 0]
 
 
 def test_two_processes_have_the_losses_of_one(folder):
