@@ -56,7 +56,7 @@ from checkpoint import (
 )
 from chunks import Streams, chunks_left, encode_clips, one_per_folder, pixels
 from data import ClipFolder
-from dit import add_noise, score_from_velocity, student_sigmas, velocity, x0_from_velocity
+from dit import add_noise, per_sample, score_from_velocity, student_sigmas, velocity, x0_from_velocity
 from muon import Muon
 from tre import IDENTITY, continuity_reference
 
@@ -80,6 +80,7 @@ class StudentConfig:
     ema: float = 0.95               # memory of the student's averaged weights, which are the ones shipped
     shift: float = 5.0              # of the noise levels at which critic and teacher are asked; > 1 asks more in noise
     guidance: float = 2.0           # audio guidance of the teacher's score, 1 = none (paper: not given; Self-Forcing counts one less and has 3)
+    guidance_below: float = 1.0     # noise levels up to which it is guided, 1 = all; ours; 1 = the paper
     teacher_sees: str = "gt"        # continuity reference of the teacher: gt, gen
     student_sees: str = "gen"       # continuity reference of student and critic: gt, gen
     identity: str = "tre"           # identity reference, the teacher's: tre (Eq. 3), etr (Eq. 29)
@@ -172,7 +173,8 @@ def student_loss(student, critic, teacher, batch, cfg):
         v_fake, v_real = ask(critic, x, sigma, batch, "student"), ask(teacher, x, sigma, batch, "teacher")
         if cfg.guidance != 1:
             v_deaf = ask(teacher, x, sigma, batch, "teacher", torch.zeros_like(batch["audio"]))
-            v_real = v_deaf + cfg.guidance * (v_real - v_deaf)
+            scale = torch.where(sigma <= cfg.guidance_below, cfg.guidance, 1.0)                    # (B,)
+            v_real = v_deaf + per_sample(scale, v_real) * (v_real - v_deaf)
         g = dmd_gradient(x0, x, v_real, v_fake, sigma, predicted)                                  # Eq. 12, 13
         on = (batch["exit"] >= cfg.anchor_from).float()                                            # (B,), 0: these rows have no anchor
         pull = cfg.lambda_reg * (x0 - batch["latents"]).clamp(-cfg.delta, cfg.delta)               # the gradient of lambda_reg L_reg

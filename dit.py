@@ -329,16 +329,19 @@ def sample_student(model, noise, identity, audio, kappa, sigmas, generator, call
 
 
 @torch.no_grad()
-def sample_teacher(model, noise, identity, audio, kappa, steps=50, shift=5.0, guidance=3.0, callback=None):
+def sample_teacher(model, noise, identity, audio, kappa, steps=50, shift=5.0, guidance=3.0, below=1.0,
+                   callback=None):
     """Euler steps along dx/dsigma = v, from noise to data; v = uncond + guidance * (cond - uncond).
 
     That is the conventional scale of guidance: 1 = none, at half the cost. Uncond hears zeroed features.
+    Only at sigma <= `below` is there any (a limited interval: Kynkaanniemi et al., 2024). In pure noise it pulls on
+    what nobody knows yet, where the head goes, each token for itself, and tears the face (LOG.md).
     Shapes as in sample_student. callback(step, x) sees the state after every step. Returns clean latents."""
     sigmas = [shift_sigma(1 - i / steps, shift) for i in range(steps + 1)]  # 1 ... 0
     x = replace_head(noise, kappa)
     for step in range(steps):
         v = predict(model, x, sigmas[step], identity, audio)
-        if guidance != 1:
+        if guidance != 1 and sigmas[step] <= below:
             uncond = predict(model, x, sigmas[step], identity, torch.zeros_like(audio))
             v = uncond + guidance * (v - uncond)
         x = replace_head(x + (sigmas[step + 1] - sigmas[step]) * v, kappa)

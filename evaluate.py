@@ -256,7 +256,8 @@ def make_video(models, folder, name, picture, sound, steps, args):
     begin, first, n = time.perf_counter(), None, 0
     writer, keep = infer.Mp4Writer(folder / f"{name}.mp4", models.size, sound), False
     try:
-        for frames in infer.generate(models, image, sound, steps, args.seed, args.continuity_frames, guidance=args.guidance):
+        for frames in infer.generate(models, image, sound, steps, args.seed, args.continuity_frames, guidance=args.guidance,
+                                     guidance_below=args.guidance_below):
             first = first or time.perf_counter() - begin
             writer.write(frames)
             n += len(frames)
@@ -388,6 +389,7 @@ def build_parser():
     p.add_argument("--teacher-steps", type=int, default=30, help="denoising steps of the teacher (default 30)")
     p.add_argument("--student-steps", type=int, default=4, help="... of the student (default 4)")
     p.add_argument("--guidance", type=float, default=4.0, help="audio guidance of the teacher (default 4)")
+    p.add_argument("--guidance-below", type=float, default=1.0, help="noise levels sigma up to which it is guided (default 1: all)")
     p.add_argument("--continuity-frames", type=int, default=9, help="frames handed from chunk to chunk; says where the seams are (default 9)")
     p.add_argument("--size", type=int, help="pixels along each side at which everything is measured (default: that of the weights, else 128)")
     p.add_argument("--every", type=int, default=5, help="every n-th frame goes into FID and identity (default 5)")

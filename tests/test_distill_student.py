@@ -180,6 +180,13 @@ def test_the_loss_moves_the_student_along_equation_8(starts):
         wanted = (g + 0.3 * p * (x0 - batch["latents"]).clamp(-0.7, 0.7)) / count
     got = v.grad / -batch["exit_sigma"].view(-1, 1, 1, 1, 1)
     assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-6) and parts["anchor"].shape == (4,)
+    with torch.no_grad():                                                       # guided at low noise only: some rows are, some are not
+        half = sigma.sort().values[1:3].mean().item()
+        scale = (1 + (sigma <= half).float()).view(-1, 1, 1, 1, 1)
+        g = ds.dmd_gradient(x0, x, deaf + scale * (cond - deaf), fake, sigma, p)
+    v.grad = None
+    ds.student_loss(lambda *a: v, critic, teacher, batch, replace(cfg, lambda_reg=0.0, guidance_below=half))[0].sum().backward()
+    assert torch.allclose(v.grad / -batch["exit_sigma"].view(-1, 1, 1, 1, 1), p * g / count, rtol=1e-3, atol=1e-6) and scale.unique().numel() == 2
     late = ds.student_loss(state.nets["student"], critic, teacher, batch, replace(cfg, anchor_from=2))[1]
     assert not late["anchor"][:2].any() and late["anchor"][2:].all()
     assert not late["pull"][:2].any() and late["pull"][2:].all() and parts["pull"].all()            # the log counts what acts

@@ -166,6 +166,18 @@ def test_guidance_is_written_in_the_conventional_form():
     torch.testing.assert_close(three, none + 3 * (one - none), atol=1e-4, rtol=1e-4)
 
 
+def test_guidance_can_be_left_to_the_later_steps():
+    """below: at noise levels above it the deaf network is not asked; of two steps from sigma 1 and 0.83, 0.9 guides the second only."""
+    model, (noise, _, identity, audio) = network(), inputs(1)
+    kappa, calls = noise[:, :, :1], []
+    model.register_forward_pre_hook(lambda module, args: calls.append((round(args[1].item()), args[3].abs().sum().item() == 0)))
+    guided = sample_teacher(model, noise, identity, audio, kappa, 2, guidance=3, below=0.9)
+    assert calls == [(1000, False), (833, False), (833, True)]
+    sample_teacher(model, noise, identity, audio, kappa, 2, guidance=3, below=0.8)
+    assert calls[3:] == [(1000, False), (833, False)]
+    assert not torch.allclose(guided, sample_teacher(model, noise, identity, audio, kappa, 2, guidance=1))
+
+
 # --------------------------------------------------------------------------------------- the network is Wan's
 
 
