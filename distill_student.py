@@ -212,12 +212,13 @@ class State:
             self.tensors |= {f"{who}.optimizer.{key}.{k}": v for k, p in named.items() for key, v in opt.state[p].items()}
 
 
-def export(weights, out, ema, cfg):
+def export(weights, out, ema, cfg, skip):
     """OUT/student.safetensors (float16). OUT, if not WEIGHTS itself, gets a copy of its other files, so that infer.py can use it."""
     if tensors := gather(ema, torch.float16):
         if out.resolve() != weights.resolve():
             shutil.copytree(weights, out, ignore=shutil.ignore_patterns("student*", "*.part"), dirs_exist_ok=True)
-        about = {"class": "AudioDiT", "trained": "yes", "steps": str(cfg.steps), "identity": cfg.identity, "config": json.dumps(asdict(cfg))}
+        about = {"class": "AudioDiT", "trained": "yes", "steps": str(cfg.steps), "identity": cfg.identity, "skip": str(skip),
+                 "config": json.dumps(asdict(cfg))}
         write_safetensors(out / "student.safetensors", tensors, about)
 
 # ----------------------------------------------------------------------------------------------------------------- train
@@ -433,7 +434,7 @@ def main(argv=None):
         state, teacher, vae, val = prepare(args, cfg, device, rank, world)
         print(f"{cfg}\nparameters: 3 x {sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M")
         losses = train(cfg, state, teacher, vae, val, args.run, args.resume, device, rank, world)
-        export(args.weights, args.out or args.weights, state.ema, cfg)
+        export(args.weights, args.out or args.weights, state.ema, cfg, state.nets["student"].config.skip)
         print(f"critic_updates: {cfg.steps * cfg.distill}\nstudent_updates: {sum(students_turn(k, cfg) for k in range(cfg.steps * cfg.distill))}\n"
               f"critic_loss: {np.mean(losses[-50:] or [np.nan]):.4f}\nweights: {(args.out or args.weights) / 'student.safetensors'}")
     except (OSError, ValueError, KeyError, FloatingPointError, SafetensorError, KeyboardInterrupt) as error:

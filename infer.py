@@ -92,6 +92,8 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
             trained, identity = about.get("trained") != "no", about.get("identity", "tre")
             shift = float(json.loads(about.get("config", "{}")).get("sample_shift", 5.0))
         dit.load_state_dict(tensors, assign=True)
+        if (skip := float(about.get("skip", dit.config.skip))) != dit.config.skip:              # no tensor's shape would tell
+            raise ValueError(f"{network}.safetensors was made with skip {skip:g}, config.json says {dit.config.skip:g}")
         heard, size, frames = str(config["audio"]), int(config["size"]), int(config.get("frames", CHUNK))
         if size < 16 or size % 16 or frames % 4 != 1 or frames < 5 or not 1 <= shift < np.inf or vae.config.z_dim != dit.config.channels:
             raise ValueError(f"size {size} (a multiple of 16), frames {frames} (4k + 1), shift {shift} (1 or more) or the number of latent channels")
@@ -185,8 +187,8 @@ def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handove
         raise ValueError(f"continuity frames must be 1, 5, 9, 13, ... and fewer than the {T} of a chunk, not {n}")
     if handover not in ("reencode", "latents") or identity not in IDENTITY:
         raise ValueError("handover must be reencode or latents, identity auto, tre or etr")
-    if steps < 1 or not 0 <= seed < 2**63:
-        raise ValueError("steps must be at least 1, the seed in [0, 2^63)")
+    if steps < 1 or not 0 <= seed < 2**63 or not 0 <= guidance_below <= 1:
+        raise ValueError("steps must be at least 1, the seed in [0, 2^63), guidance_below in [0, 1]")
     clock = Stopwatch() if clock is None else clock                             # (an empty dict is false)
     device = image.device
     generator = torch.Generator().manual_seed(seed)                             # on the CPU: the same noise on every machine

@@ -192,10 +192,10 @@ def export(out, config, ema, cfg, before=0):
     if not tensors:
         return
     frames = min(cfg.frames, 4 * cfg.latents - 3) if cfg.latents else cfg.frames
-    if (out / "student.safetensors").exists() and (every.get("dit"), every.get("frames", 81)) != (asdict(config), frames):
+    if (out / "student.safetensors").exists() and ({"skip": 0.0} | every.get("dit", {}), every.get("frames", 81)) != (asdict(config), frames):
         print(f"warning: {out / 'student.safetensors'} was made for another network or chunk length: distil it anew", file=sys.stderr)
     write_safetensors(out / "teacher.safetensors", tensors, {"class": "AudioDiT", "trained": "yes", "steps": str(before + cfg.steps),
-                                                          "identity": cfg.identity, "config": json.dumps(asdict(cfg))})
+                                                          "identity": cfg.identity, "skip": str(config.skip), "config": json.dumps(asdict(cfg))})
     write_json(path, every | {"frames": frames, "dit": asdict(config)})
 
 # ----------------------------------------------------------------------------------------------------------------- train
@@ -391,12 +391,12 @@ def prepare(args, cfg, device, rank, world):
 
 
 def made_by(path):
-    """Of the weights to start from: steps that made them, and their --skip; 0 and None if there are none, or if they do not say."""
+    """Of the weights to start from: steps that made them, and their --skip; 0 if they do not say. None: there are none."""
     if path is None:
         return 0, None
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
-    return int(about.get("steps", 0)), json.loads(about["config"]).get("skip", 0.0) if "config" in about else None
+    return int(about.get("steps", 0)), float(about.get("skip", 0))
 
 
 def main(argv=None):

@@ -209,8 +209,8 @@ def export(folder, vae, ema, clips):
     write_json(path, every | {"vae": config})
 
 
-def start(cfg, config, folders, init=None):
-    """A VAE to train, new or that of the folder `init`, and what to ask its encoder for, as matrices (None: nothing) -> WanVAE, linear"""
+def vae_and_goal(cfg, config, folders, init=None):
+    """A VAE to train, a new one of `config` or that of the folder `init`, and what to ask its encoder for, as matrices (None: nothing)."""
     draw = lambda i: training_batch(folders, *COURSE[1][1:3], 16, torch.Generator().manual_seed(cfg.seed + i), cfg.lips)
     if not init:
         vae = WanVAE(config)
@@ -227,7 +227,7 @@ def start(cfg, config, folders, init=None):
 
 def train(cfg, config, folders, out, resume, init=None):
     torch.manual_seed(cfg.seed)
-    (vae, linear), course, rounds = start(cfg, config, folders, init), POLISH if init else COURSE, Rounds()
+    (vae, linear), course, rounds = vae_and_goal(cfg, config, folders, init), POLISH if init else COURSE, Rounds()
     if cfg.decoder_only:
         vae.encoder.requires_grad_(False), vae.conv1.requires_grad_(False)
     opt = Muon({name: p for name, p in vae.named_parameters() if p.requires_grad}, cfg.lr)
@@ -236,10 +236,10 @@ def train(cfg, config, folders, out, resume, init=None):
         vae.encoder.compile(dynamic=False)
         vae.decoder.compile(dynamic=False)
     path = Path("runs/vae/checkpoint.safetensors")
-    first = load_checkpoint(path, vae, ema, opt, rounds) if resume and path.exists() else 0
+    start = load_checkpoint(path, vae, ema, opt, rounds) if resume and path.exists() else 0
     last_save = clock = time.time()
     seen = 0
-    for step in range(first, cfg.steps + 1):
+    for step in range(start, cfg.steps + 1):
         # ------------------------------------------------------------------------------------------------ save
         if step == cfg.steps or time.time() - last_save > 60 * cfg.minutes:
             save_checkpoint(path, vae, ema, opt, rounds, step)

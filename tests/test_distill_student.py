@@ -472,7 +472,9 @@ def test_debug_preset_learns_a_film_by_heart(folder, capsys):
     models = infer.load(folder / "out", "student", "cpu", "float32")
     assert models.trained and models.identity == "tre" and (folder / "weights" / "teacher.safetensors").read_bytes() == before
     with safe_open(folder / "out/student.safetensors", "pt") as file:
-        assert file.get_tensor("head.head.weight").dtype == torch.float16 and json.loads(file.metadata()["config"])["teacher_sees"] == "gt"
+        about = file.metadata()
+        assert file.get_tensor("head.head.weight").dtype == torch.float16 and json.loads(about["config"])["teacher_sees"] == "gt"
+        assert float(about["skip"]) == models.dit.config.skip
     assert (folder / "run/strip.png").exists()
     ds.main(["--plot", "--run-dir", str(folder / "run")])
     assert (folder / "run/curves.png").exists()

@@ -23,6 +23,16 @@ from report import summarise
 SIDE = 64
 
 
+def test_films_are_guided_as_asked(tmp_path, monkeypatch):
+    """What evaluate.py is told of guidance reaches infer.py."""
+    seen = {}
+    monkeypatch.setattr(infer, "generate", lambda *given, **options: seen.update(options) or iter([np.zeros((3, SIDE, SIDE, 3), np.uint8)]))
+    args = SimpleNamespace(seed=0, continuity_frames=9, guidance=2.0, guidance_below=0.7)
+    models = SimpleNamespace(audio=SimpleNamespace(device="cpu"), size=SIDE)
+    E.make_video(models, tmp_path, "film", np.zeros((SIDE, SIDE, 3), np.uint8), torch.zeros(3 * HOP), 4, args)
+    assert seen == {"guidance": 2.0, "guidance_below": 0.7}
+
+
 def talker(path, seed, frames=80, tint=0.0, labels=True):
     """A film of a flat face: its mouth opens as its sound gets louder, its skin reddens by `tint` a second; a puppet's sidecars beside it."""
     rng = np.random.default_rng(seed)

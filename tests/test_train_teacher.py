@@ -3,6 +3,7 @@ import copy
 import importlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -519,17 +520,26 @@ def test_bad_input_is_one_line(folder, capsys):
 
 
 def test_a_skip_stays_with_the_weights(folder, capsys):
-    """What was trained with --skip is used with it. Who goes on from there without is told: the same weights then say another thing."""
-    options = ["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--out", str(folder / "skip"), "--preset", "debug",
-               "--device", "cpu", "--steps", "1"]
-    tt.main([*options, "--run-dir", str(folder / "skip/run"), "--skip", "0.15"])
-    assert json.loads((folder / "skip/config.json").read_text(encoding="utf-8"))["dit"]["skip"] == 0.15
-    init, notes = ["--init", str(folder / "skip/teacher.safetensors")], []
+    """Law: what was trained with --skip is used with it, or not at all. Who trains on without is told, as is who has a student of another network."""
+    weights, init = folder / "skip", folder / "init.safetensors"
+    shutil.copytree(folder / "weights", weights)
+    options = ["--data", str(folder / "clips"), "--weights", str(weights), "--preset", "debug", "--device", "cpu", "--steps", "1"]
+    tt.main([*options, "--run-dir", str(weights / "run"), "--skip", "0.15"])
+    assert infer.load(weights, "teacher", "cpu", "float32").dit.config.skip == 0.15
+    shutil.copy(weights / "teacher.safetensors", init)
+    (weights / "student.safetensors").touch()                                   # what made it had no skip; the word is younger than the file
+    config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
+    del config["dit"]["skip"]
+    (weights / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="skip 0.15"):
+        infer.load(weights, "teacher", "cpu", "float32")
+    said = []
     for more in ([], ["--skip", "0.15"]):
         capsys.readouterr()
-        tt.main([*options, *init, "--out", str(folder / "skip/on"), "--run-dir", str(folder / "skip/on" / str(len(more))), *more])
-        notes.append(capsys.readouterr().out.count("note: --init"))
-    assert notes == [1, 0]
+        tt.main([*options, "--init", str(init), "--run-dir", str(weights / f"run{len(more)}"), *more])
+        text = capsys.readouterr()
+        said.append(("note: --init" in text.out, "distil it anew" in text.err))
+    assert said == [(True, False), (False, True)]
 
 
 def test_two_processes_have_the_losses_of_one(folder):
