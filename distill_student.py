@@ -56,7 +56,7 @@ from checkpoint import (
 )
 from chunks import Streams, chunks_left, encode_clips, one_per_folder, pixels
 from data import ClipFolder
-from dit import add_noise, per_sample, score_from_velocity, student_sigmas, velocity, x0_from_velocity
+from dit import add_noise, guided_velocity, score_from_velocity, student_sigmas, velocity, x0_from_velocity
 from muon import Muon
 from tre import IDENTITY, continuity_reference
 
@@ -80,7 +80,8 @@ class StudentConfig:
     ema: float = 0.95               # memory of the student's averaged weights, which are the ones shipped
     shift: float = 5.0              # of the noise levels at which critic and teacher are asked; > 1 asks more in noise
     guidance: float = 2.0           # audio guidance of the teacher's score, 1 = none (paper: not given; Self-Forcing counts one less and has 3)
-    guidance_below: float = 1.0     # noise levels up to which it is guided, 1 = all; ours; 1 = the paper
+    guidance_focus: float = 0.0     # how narrowly it guides where the sound is heard (dit.guided_velocity), 0 = everywhere; ours; 0 = the paper
+    liveliness: float = 1.0         # how much more than the teacher says all else moves; ours; 1 = the paper
     teacher_sees: str = "gt"        # continuity reference of the teacher: gt, gen
     student_sees: str = "gen"       # continuity reference of student and critic: gt, gen
     identity: str = "tre"           # identity reference, the teacher's: tre (Eq. 3), etr (Eq. 29)
@@ -173,8 +174,8 @@ def student_loss(student, critic, teacher, batch, cfg):
         v_fake, v_real = ask(critic, x, sigma, batch, "student"), ask(teacher, x, sigma, batch, "teacher")
         if cfg.guidance != 1:
             v_deaf = ask(teacher, x, sigma, batch, "teacher", torch.zeros_like(batch["audio"]))
-            scale = torch.where(sigma <= cfg.guidance_below, cfg.guidance, 1.0)                    # (B,)
-            v_real = v_deaf + per_sample(scale, v_real) * (v_real - v_deaf)
+            guidance = cfg.guidance, cfg.guidance_focus, cfg.liveliness
+            v_real = guided_velocity(v_real, v_deaf, x, sigma, batch["identity"], predicted, *guidance)
         g = dmd_gradient(x0, x, v_real, v_fake, sigma, predicted)                                  # Eq. 12, 13
         on = (batch["exit"] >= cfg.anchor_from).float()                                            # (B,), 0: these rows have no anchor
         pull = cfg.lambda_reg * (x0 - batch["latents"]).clamp(-cfg.delta, cfg.delta)               # the gradient of lambda_reg L_reg
@@ -362,6 +363,8 @@ def check(cfg, world):
         raise ValueError(f"batch {cfg.batch} must be a multiple of micro {cfg.micro} x {world} processes; rollout >= 2, sample_shift and counts >= 1")
     if cfg.distill and not 0 <= cfg.follow < max(1, cfg.denoise - 1):
         raise ValueError(f"follow {cfg.follow} must be under denoise - 1, {cfg.denoise - 1}, or 0: the last step gets the student's own answer")
+    if min(cfg.guidance_focus, cfg.liveliness) < 0:
+        raise ValueError(f"--guidance-focus {cfg.guidance_focus} and --liveliness {cfg.liveliness} must be 0 or more")
     if 0 < cfg.tail <= cfg.head:
         raise ValueError(f"tail {cfg.tail} must be 0 or more than head {cfg.head}: the first latent decoded gives one frame only")
 

@@ -173,22 +173,22 @@ class Stopwatch(defaultdict):
 
 @torch.inference_mode()
 def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handover="reencode", identity="auto", guidance=4.0,
-             guidance_below=1.0, clock=None):
+             guidance_focus=16.0, liveliness=1.7, clock=None):
     """The chunk loop. Yields uint8 (T, H, W, 3) pieces, ceil(samples / 640) frames in all.
 
     image (1, 3, H, W) in [-1, 1]; audio (samples,) float32 at 16 kHz. continuity_frames n = 4k+1 (1, 5, 9, 13) frames, handed over by
     handover "reencode" (the paper's) or "latents" (the last latents as they are: Appendix D's comparison). identity "tre", "etr", or
     "auto", the one that the network was trained with.
-    guidance, guidance_below and steps > 4 are the teacher's, see dit.sample_teacher. Same seed, same frames. ValueError, at the first frame,
-    for values outside these."""
+    guidance, guidance_focus, liveliness (see dit.guided_velocity) and steps > 4 are the teacher's. Same seed, same frames. ValueError, at the
+    first frame, for values outside these."""
     n, m = continuity_frames, 1 + (continuity_frames - 1) // 4                  # kappa holds m latents = n frames
     T, identity = models.frames, models.identity if identity == "auto" else identity
     if n % 4 != 1 or not 1 <= n < T:
         raise ValueError(f"continuity frames must be 1, 5, 9, 13, ... and fewer than the {T} of a chunk, not {n}")
     if handover not in ("reencode", "latents") or identity not in IDENTITY:
         raise ValueError("handover must be reencode or latents, identity auto, tre or etr")
-    if steps < 1 or not 0 <= seed < 2**63 or not 0 <= guidance_below <= 1:
-        raise ValueError("steps must be at least 1, the seed in [0, 2^63), guidance_below in [0, 1]")
+    if steps < 1 or not 0 <= seed < 2**63 or not 0 <= guidance_focus < np.inf or not 0 <= liveliness < np.inf:
+        raise ValueError("steps must be at least 1, the seed in [0, 2^63), guidance_focus and liveliness 0 or more")
     clock = Stopwatch() if clock is None else clock                             # (an empty dict is false)
     device = image.device
     generator = torch.Generator().manual_seed(seed)                             # on the CPU: the same noise on every machine
@@ -202,7 +202,7 @@ def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handove
         noise = torch.randn(z_id.shape, generator=generator).to(device)
         with clock("dit"):
             if models.network == "teacher":
-                z = sample_teacher(models.dit, noise, z_id, heard, kappa, steps, guidance=guidance, below=guidance_below)
+                z = sample_teacher(models.dit, noise, z_id, heard, kappa, steps, guidance=guidance, focus=guidance_focus, liveliness=liveliness)
             else:
                 z = sample_student(models.dit, noise, z_id, heard, kappa, student_sigmas(steps, models.shift), generator)
         if not torch.isfinite(z).all():
@@ -283,7 +283,8 @@ def build_parser():
     p.add_argument("--network", choices=["student", "teacher"], default="student", help="which generator of that folder makes the video")
     p.add_argument("--steps", type=int, default=4, help="denoising steps a chunk; the teacher wants 20 to 50")
     p.add_argument("--guidance", type=float, default=4.0, help="audio guidance of the teacher, 1 = none; the student has none")
-    p.add_argument("--guidance-below", type=float, default=1.0, help="guide at noise levels sigma up to this only: 0.8 tears faces less")
+    p.add_argument("--guidance-focus", type=float, default=16.0, help="how narrowly it guides where the sound is heard: the lips; 0: everywhere")
+    p.add_argument("--liveliness", type=float, default=1.7, help="how much more than the guided teacher says all else moves, 1 = as it says")
     p.add_argument("--seed", type=int, default=0, help="same seed, same video; another seed moves the head differently")
     p.add_argument("--continuity-frames", type=int, default=9, help="frames handed from chunk to chunk: 1, 5, 9 or 13")
     p.add_argument("--handover", choices=["reencode", "latents"], default="reencode", help="hand them over decoded and encoded anew, or as latents")
@@ -321,7 +322,7 @@ def run(args):
         models.dit.compile(dynamic=False)
     clock, first, ready = Stopwatch(), None, time.perf_counter()
     pieces = generate(models, image, audio, args.steps, args.seed, args.continuity_frames, args.handover, args.identity,
-                      args.guidance, args.guidance_below, clock)
+                      args.guidance, args.guidance_focus, args.liveliness, clock)
     writer, keep = Mp4Writer(out, models.size, audio), False
     try:
         with tqdm(total=-(-len(audio) // HOP), unit="frame", disable=None) as bar:

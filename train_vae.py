@@ -211,18 +211,18 @@ def export(folder, vae, ema, clips):
 
 def vae_and_goal(cfg, config, folders, init=None):
     """A VAE to train, a new one of `config` or that of the folder `init`, and what to ask its encoder for, as matrices (None: nothing)."""
-    draw = lambda i: training_batch(folders, *COURSE[1][1:3], 16, torch.Generator().manual_seed(cfg.seed + i), cfg.lips)
+    draw = lambda: [training_batch(folders, *COURSE[1][1:3], 16, torch.Generator().manual_seed(cfg.seed + i), cfg.lips) for i in range(24)]
     if not init:
         vae = WanVAE(config)
         begin(vae)
-        return vae, principal_components([draw(i) for i in range(24)], config.z_dim - config.moving, config.moving)
+        return vae, principal_components(draw(), config.z_dim - config.moving, config.moving)
     trained = load_vae(init)
     vae = WanVAE(wider(trained.config, cfg.widen))
     widen(vae, trained)
     if not cfg.widen:
         return vae, None
     first = torch.no_grad()(lambda video: trained.posterior(video)[0].float())
-    return vae, principal_components([draw(i) for i in range(24)], trained.config.z_dim, cfg.widen, first)
+    return vae, principal_components(draw(), trained.config.z_dim, cfg.widen, first)
 
 
 def train(cfg, config, folders, out, resume, init=None):

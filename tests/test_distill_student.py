@@ -19,7 +19,7 @@ import distill_student as ds
 import infer
 from chunks import Streams, chunks_left, draw, encode_clips, pixels
 from data import write_mp4
-from dit import add_noise, predict, sample_student, student_sigmas
+from dit import add_noise, guided_velocity, predict, sample_student, student_sigmas
 from tre import encode_then_repeat
 from vae import PRESETS as VAE
 from vae import WanVAE
@@ -180,13 +180,13 @@ def test_the_loss_moves_the_student_along_equation_8(starts):
         wanted = (g + 0.3 * p * (x0 - batch["latents"]).clamp(-0.7, 0.7)) / count
     got = v.grad / -batch["exit_sigma"].view(-1, 1, 1, 1, 1)
     assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-6) and parts["anchor"].shape == (4,)
-    with torch.no_grad():                                                       # guided at low noise only: some rows are, some are not
-        half = sigma.sort().values[1:3].mean().item()
-        scale = (1 + (sigma <= half).float()).view(-1, 1, 1, 1, 1)
-        g = ds.dmd_gradient(x0, x, deaf + scale * (cond - deaf), fake, sigma, p)
-    v.grad = None
-    ds.student_loss(lambda *a: v, critic, teacher, batch, replace(cfg, lambda_reg=0.0, guidance_below=half))[0].sum().backward()
-    assert torch.allclose(v.grad / -batch["exit_sigma"].view(-1, 1, 1, 1, 1), p * g / count, rtol=1e-3, atol=1e-6) and scale.unique().numel() == 2
+    with torch.no_grad():                                                       # narrowly guided, and livelier
+        real = guided_velocity(cond, deaf, x, sigma, batch["identity"], p, 2.0, 4.0, 1.5)
+        g = ds.dmd_gradient(x0, x, real, fake, sigma, p)
+    v.grad, narrow = None, replace(cfg, lambda_reg=0.0, guidance_focus=4.0, liveliness=1.5)
+    ds.student_loss(lambda *a: v, critic, teacher, batch, narrow)[0].sum().backward()
+    assert torch.allclose(v.grad / -batch["exit_sigma"].view(-1, 1, 1, 1, 1), p * g / count, rtol=1e-3, atol=1e-6)
+    assert (real - (2 * cond - deaf)).abs().max() > 0.1                         # another gradient than that of before
     late = ds.student_loss(state.nets["student"], critic, teacher, batch, replace(cfg, anchor_from=2))[1]
     assert not late["anchor"][:2].any() and late["anchor"][2:].all()
     assert not late["pull"][:2].any() and late["pull"][2:].all() and parts["pull"].all()            # the log counts what acts
@@ -503,7 +503,7 @@ def test_bad_input_is_one_line(folder, capsys):
                       (["--weights", str(folder / "long"), "--frames", "81"], "long enough"),
                       (["--teacher-sees", "gen", "--student-sees", "gt"], "Table 4"),
                       (["--identity", "etr"], "trained with tre"),                # a student cannot learn from scores of another reference
-                      (["--tail", "3"], "tail"), (["--sample-shift", "0"], "sample_shift"),
+                      (["--tail", "3"], "tail"), (["--sample-shift", "0"], "sample_shift"), (["--guidance-focus", "-1"], "0 or more"),
                       (["--share", "1", "1"], "folders of --data"), (["--cache", "a", "b"], "folders of --data")):
         with pytest.raises(SystemExit) as stop:
             ds.main(options(folder, *bad, run="bad"))

@@ -166,16 +166,34 @@ def test_guidance_is_written_in_the_conventional_form():
     torch.testing.assert_close(three, none + 3 * (one - none), atol=1e-4, rtol=1e-4)
 
 
-def test_guidance_can_be_left_to_the_later_steps():
-    """below: at noise levels above it the deaf network is not asked; of two steps from sigma 1 and 0.83, 0.9 guides the second only."""
-    model, (noise, _, identity, audio) = network(), inputs(1)
-    kappa, calls = noise[:, :, :1], []
-    model.register_forward_pre_hook(lambda module, args: calls.append((round(args[1].item()), args[3].abs().sum().item() == 0)))
-    guided = sample_teacher(model, noise, identity, audio, kappa, 2, guidance=3, below=0.9)
-    assert calls == [(1000, False), (833, False), (833, True)]
-    sample_teacher(model, noise, identity, audio, kappa, 2, guidance=3, below=0.8)
-    assert calls[3:] == [(1000, False), (833, False)]
-    assert not torch.allclose(guided, sample_teacher(model, noise, identity, audio, kappa, 2, guidance=1))
+def test_guidance_can_be_kept_to_where_the_sound_is_heard():
+    """Where the sound changes a token much, it is guided; where it changes it by chance, hardly; where kappa is, not at all. focus 0: everywhere."""
+    v, x, z = (rand(1, 2, 4, 16, 16, seed=seed) for seed in range(3))
+    sound = 0.3 * torch.ones_like(v)
+    sound[..., 6:8, 4:6] = 3.0                                          # one token of 64: the lips
+    predicted = torch.tensor([0.0, 1, 1, 1]).view(1, 1, 4, 1, 1)
+    added = dit.guided_velocity(v, v - sound, x, 0.7, z, predicted, guidance=3, focus=16) - v
+    assert not added[:, :, 0].any()
+    torch.testing.assert_close(added[:, :, 1:, 6:8, 4:6], torch.full((1, 2, 3, 2, 2), 6.0), atol=0.1, rtol=0)
+    added[..., 6:8, 4:6] = 0
+    assert 0 < added.abs().max() < 0.01                                 # 0.6 by guidance everywhere
+    everywhere = dit.guided_velocity(v, v - sound, x, 0.7, z, predicted, guidance=3, focus=0)
+    torch.testing.assert_close(everywhere - v, 2 * predicted * sound)
+
+
+def test_liveliness_makes_larger_what_differs_from_the_still_portrait():
+    """A network that says half of a motion, and twice of that: the motion itself. Only in noise, not at kappa, not where the sound is heard."""
+    z, motion, eps = (rand(1, 2, 4, 16, 16, seed=seed) for seed in range(3))
+    sound, predicted = torch.zeros_like(z), torch.tensor([0.0, 1, 1, 1]).view(1, 1, 4, 1, 1)
+    sound[..., 6:8, 4:6] = 1.0
+    for sigma, share in ((1.0, 1.0), (0.8, 1.0), (0.7, 0.5)):           # of the motion that is said
+        x = dit.add_noise(z, eps, sigma)
+        v = (x - (z + motion / 2)) / sigma
+        x0 = dit.x0_from_velocity(x, dit.guided_velocity(v, v - sound, x, sigma, z, predicted, 1.0, 1e-6, liveliness=2.0), sigma)
+        said = (x0 - z) / motion
+        assert torch.allclose(said[:, :, 0], torch.tensor(0.5), atol=1e-2) and torch.allclose(said[..., 6:8, 4:6], torch.tensor(0.5), atol=1e-2)
+        assert torch.allclose(said[:, :, 1:, :6], torch.tensor(share), atol=1e-2)
+
 
 
 # --------------------------------------------------------------------------------------- the network is Wan's

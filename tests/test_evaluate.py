@@ -27,10 +27,10 @@ def test_films_are_guided_as_asked(tmp_path, monkeypatch):
     """What evaluate.py is told of guidance reaches infer.py."""
     seen = {}
     monkeypatch.setattr(infer, "generate", lambda *given, **options: seen.update(options) or iter([np.zeros((3, SIDE, SIDE, 3), np.uint8)]))
-    args = SimpleNamespace(seed=0, continuity_frames=9, guidance=2.0, guidance_below=0.7)
+    args = SimpleNamespace(seed=0, continuity_frames=9, guidance=2.0, guidance_focus=7.0, liveliness=3.0)
     models = SimpleNamespace(audio=SimpleNamespace(device="cpu"), size=SIDE)
     E.make_video(models, tmp_path, "film", np.zeros((SIDE, SIDE, 3), np.uint8), torch.zeros(3 * HOP), 4, args)
-    assert seen == {"guidance": 2.0, "guidance_below": 0.7}
+    assert seen == {"guidance": 2.0, "guidance_focus": 7.0, "liveliness": 3.0}
 
 
 def talker(path, seed, frames=80, tint=0.0, labels=True):

@@ -130,8 +130,8 @@ def test_the_teacher_is_guided_as_asked(models, image, monkeypatch):
     """What generate() is told of guidance reaches the teacher's sampler."""
     seen = {}
     monkeypatch.setattr(infer, "sample_teacher", lambda dit, noise, *rest, **options: seen.update(options) or noise)
-    video(replace(models, network="teacher"), image, speech(0.1), guidance=2.0, guidance_below=0.7)
-    assert seen == {"guidance": 2.0, "below": 0.7}
+    video(replace(models, network="teacher"), image, speech(0.1), guidance=2.0, guidance_focus=7.0, liveliness=3.0)
+    assert seen == {"guidance": 2.0, "focus": 7.0, "liveliness": 3.0}
 
 
 def test_mp4_holds_frames_and_sound_of_the_same_length(weights, files):
@@ -244,7 +244,7 @@ def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypat
                               ("weights", "stats", "entries"), ("weights", "tall", "multiple of 16"), ("weights", "even", "4k + 1"),
                               ("device", "cuda", "no cuda"),
                               ("continuity-frames", "8", "continuity"), ("continuity-frames", "81", "continuity"),
-                              ("guidance-below", "2", "guidance_below")):
+                              ("guidance-focus", "-1", "guidance_focus"), ("liveliness", "nan", "liveliness")):
         options = {"image": files / "me.png", "audio": files / "speech.wav", "out": files / "o.mp4", "weights": weights}
         options[flag] = files / value if flag in ("image", "audio", "out", "weights") else value
         with pytest.raises(SystemExit) as stopped:

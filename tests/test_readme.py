@@ -79,6 +79,31 @@ def state(old):
     return " ".join(out) + "\n"
 
 
+def bars(old):
+    """What the teacher has to reach, and does or does not: read off the two reports, so that no figure here is better than its file."""
+    found = [read_json(TINY / f"{name}.json") for name in ("evaluation", "evaluation_grid")]
+    if not all(found):
+        return missing("weights/tiny/evaluation.json and evaluation_grid.json", "python evaluate.py --weights weights/tiny --data CLIPS --controls")
+    systems = [report["systems"] for report in found]
+    get = lambda s, who, key: s[who][key]["mean"]
+    ratio = lambda s, who, key: get(s, who, key) / get(s, "real", key)
+    rows = [("mouth, correlation with the true one, speech only", "0.8; GRID 0.6", "mouth", "", get, lambda x, i: x >= (0.8, 0.6)[i]),
+            ("... with another clip's sound", "at most 0.15", "mouth", "-other-sound", get, lambda x, i: x <= 0.15),
+            ("motion of the lips, of the real, to a silent recording", "still: 0.15", "mouth_sd", "-silence", ratio, lambda x, i: x <= 0.15),
+            ("share of p, b, m with lips shut, of the real", "close: 0.8", "closed_pbm", "", ratio, lambda x, i: x >= 0.8),
+            ("motion of the head, of the real", "0.5 to 2", "head", "", ratio, lambda x, i: 0.5 <= x <= 2),
+            ("blinks, of the real", "0.5 to 2", "blinks", "", ratio, lambda x, i: 0.5 <= x <= 2)]
+    cell = lambda x, met: f"{x:.2f}" + ("" if met else " (missed)")
+    out = []
+    for label, bar, key, control, value, met in rows:
+        line = [label, bar]
+        for i, s in enumerate(systems):
+            line += ["-" if control else f"{value(s, 'vae', key):.2f}"]
+            line += [cell(x := value(s, who + control, key), met(x, i)) for who in ("teacher", "student")]
+        out.append(line)
+    return table(["20 held-out clips each", "asked for", "new faces: VAE", "teacher", "student", "GRID: VAE", "teacher", "student"], out)
+
+
 def first(old):
     import soundfile
     sound = soundfile.info(ROOT / "assets" / "speech.flac")
@@ -245,8 +270,8 @@ def table4(old):
     return table(["teacher / student see", "seeds", *heads, "seam"], rows)
 
 
-BLOCKS = {f.__name__: f for f in (pictures, state, first, results, memory, lines, equations, settings, weights, vae, audio, proxies, table4, curves,
-                                  laws)}
+BLOCKS = {f.__name__: f for f in (pictures, state, bars, first, results, memory, lines, equations, settings, weights, vae, audio, proxies, table4,
+                                  curves, laws)}
 
 
 def rewrite(text):
