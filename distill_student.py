@@ -81,7 +81,7 @@ class StudentConfig:
     shift: float = 5.0              # of the noise levels at which critic and teacher are asked; > 1 asks more in noise
     guidance: float = 2.0           # audio guidance of the teacher's score, 1 = none (paper: not given; Self-Forcing counts one less and has 3)
     guidance_focus: float = 0.0     # how narrowly it guides where the sound is heard (dit.guided_velocity), 0 = everywhere; ours; 0 = the paper
-    liveliness: float = 1.0         # how much more than the teacher says all else moves; ours; 1 = the paper
+    liveliness: float = 1.0         # factor on all else that differs from the portrait, in noise; ours; 1 = the paper
     teacher_sees: str = "gt"        # continuity reference of the teacher: gt, gen
     student_sees: str = "gen"       # continuity reference of student and critic: gt, gen
     identity: str = "tre"           # identity reference, the teacher's: tre (Eq. 3), etr (Eq. 29)
@@ -105,7 +105,7 @@ class StudentConfig:
     seed: int = 0                   # of everything random
 
 
-PRESETS = {"tiny": StudentConfig(follow=2, sample_shift=2.0),
+PRESETS = {"tiny": StudentConfig(follow=2, sample_shift=2.0, guidance=3.0, guidance_focus=16.0, liveliness=2.0),
            "debug": StudentConfig(steps=40, ratio=1, batch=2, micro=2, rollout=2, tail=5, optimizer="adamw", lr=3e-4, lr_critic=6e-4,
                                   warmup=5, decay=0.0, ema=0.9, guidance=1.0, lambda_reg=1.0, anchor_from=0, films=1, encode_bf16=False, every=20,
                                   minutes=1.0, val=1),
@@ -363,8 +363,10 @@ def check(cfg, world):
         raise ValueError(f"batch {cfg.batch} must be a multiple of micro {cfg.micro} x {world} processes; rollout >= 2, sample_shift and counts >= 1")
     if cfg.distill and not 0 <= cfg.follow < max(1, cfg.denoise - 1):
         raise ValueError(f"follow {cfg.follow} must be under denoise - 1, {cfg.denoise - 1}, or 0: the last step gets the student's own answer")
-    if min(cfg.guidance_focus, cfg.liveliness) < 0:
+    if not all(0 <= x < np.inf for x in (cfg.guidance_focus, cfg.liveliness)):
         raise ValueError(f"--guidance-focus {cfg.guidance_focus} and --liveliness {cfg.liveliness} must be 0 or more")
+    if cfg.liveliness != 1 and (cfg.guidance == 1 or cfg.guidance_focus == 0):
+        raise ValueError(f"--liveliness {cfg.liveliness} needs --guidance other than 1 and a --guidance-focus over 0")
     if 0 < cfg.tail <= cfg.head:
         raise ValueError(f"tail {cfg.tail} must be 0 or more than head {cfg.head}: the first latent decoded gives one frame only")
 

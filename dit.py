@@ -43,7 +43,7 @@ class DiTConfig:                # defaults: Wan2.1-T2V-1.3B, hearing through wav
 
 
 PRESETS = {
-    "tiny": DiTConfig(dim=256, ffn_dim=1024, heads=4, layers=6,
+    "tiny": DiTConfig(dim=256, ffn_dim=1024, heads=4, layers=6, channels=24, skip=0.15,
                       audio_layers=3, audio_dim=384, audio_tokens=8, audio_hidden=128),
     "wan-1.3b": DiTConfig(),
     "wan-14b": DiTConfig(dim=5120, ffn_dim=13824, heads=40, layers=40),
@@ -332,27 +332,27 @@ def sample_student(model, noise, identity, audio, kappa, sigmas, generator, call
 def heard(difference, focus):
     """Where in the picture the sound is heard, 0 to 1: difference (B, C, F, h, w) of velocities -> (B, 1, 1, h, w).
 
-    `difference` is what the sound changes. It is large where lips and chin are, 5 to 20 times its mean square,
-    a twentieth to once that elsewhere, at all noise levels (LOG.md). By tokens, 2 x 2 latents, for all of the chunk."""
+    What the sound changes is large at lips and chin, 5 to 20 times its mean square over the picture; elsewhere mostly
+    0.03 to 1.5 times that (LOG.md). Told for tokens, 2 x 2 latents, and for all of a chunk. It is relative: of a sound
+    that changes nothing anywhere it makes a faint mask of chance, or none."""
     energy = nnf.avg_pool2d(difference.square().mean((1, 2))[:, None], 2)                        # (B, 1, h/2, w/2)
     loud = (energy / energy.mean((2, 3), keepdim=True).clamp(min=1e-12)).square()
     return nnf.interpolate(loud / (loud + focus) if focus else torch.ones_like(loud), scale_factor=2)[:, :, None]
 
 
 def guided_velocity(v, deaf, x, sigma, identity, predicted, guidance, focus=0.0, liveliness=1.0):
-    """deaf + guidance (v - deaf) where the sound is heard; where it is not, and noise still decides how all else moves,
-    still + liveliness (v - still).
+    """v + (guidance - 1) where (v - deaf) + (liveliness - 1) (1 - where) (v - still), the last at sigma >= 0.8 only.
 
-    v, deaf: velocities with the sound and without; still: that to the portrait as it is, identity. All, and x, are
-    (B, C, F, h, w); predicted (B or 1, 1, F, 1, 1) is 0 at kappa.
-    focus 0: guided everywhere, as is usual. But in noise, where a head goes is known to neither answer: they differ by
-    chance, token by token, and a guided face is torn. Nor is what they say of it lively: who sees little in noise says
-    the mean of all that might be. Hence the second line, for sigma >= 0.8. Both are ours; LOG.md has what they bring."""
-    difference = predicted * (v - deaf)
+    v, deaf: velocities with the sound and without; still: that to the portrait as it is, `identity`; where: `heard`.
+    All, and x, are (B, C, F, h, w), sigma is a number or (B,), predicted (B or 1, 1, F, 1, 1) is 0 at kappa.
+    focus 0: where is 1 everywhere. That is usual guidance, and leaves nothing to liveliness. Ours tears faces that way:
+    in noise the two answers differ by chance, token by token, also where the sound has no say. Nor are its films
+    lively: a head moves a third of what it should, we think since it sees little of it in noise. Hence the last term,
+    guidance away from the portrait, of whatever differs from it: pose, but colour, too. Both are ours, see LOG.md."""
+    difference, sigma = predicted * (v - deaf), per_sample(sigma, x)
     where = heard(difference, focus)
-    still = (x - identity) / per_sample(sigma, x)
-    moving = predicted * (1 - where) * (v - still) * (per_sample(sigma, x) >= 0.8)
-    return v + (guidance - 1) * where * difference + (liveliness - 1) * moving
+    livelier = predicted * (1 - where) * (v - (x - identity) / sigma) * (sigma >= 0.8)
+    return v + (guidance - 1) * where * difference + (liveliness - 1) * livelier
 
 
 @torch.no_grad()

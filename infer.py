@@ -284,7 +284,7 @@ def build_parser():
     p.add_argument("--steps", type=int, default=4, help="denoising steps a chunk; the teacher wants 20 to 50")
     p.add_argument("--guidance", type=float, default=4.0, help="audio guidance of the teacher, 1 = none; the student has none")
     p.add_argument("--guidance-focus", type=float, default=16.0, help="how narrowly it guides where the sound is heard: the lips; 0: everywhere")
-    p.add_argument("--liveliness", type=float, default=1.7, help="how much more than the guided teacher says all else moves, 1 = as it says")
+    p.add_argument("--liveliness", type=float, default=1.7, help="factor on all else that differs from the portrait; with a focus only; 1: none")
     p.add_argument("--seed", type=int, default=0, help="same seed, same video; another seed moves the head differently")
     p.add_argument("--continuity-frames", type=int, default=9, help="frames handed from chunk to chunk: 1, 5, 9 or 13")
     p.add_argument("--handover", choices=["reencode", "latents"], default="reencode", help="hand them over decoded and encoded anew, or as latents")

@@ -97,7 +97,7 @@ class TeacherConfig:
     seed: int = 0                   # of everything random
 
 
-PRESETS = {"tiny": TeacherConfig(),
+PRESETS = {"tiny": TeacherConfig(skip=0.15),
            "debug": TeacherConfig(network="debug", steps=150, batch=2, micro=2, lr=2e-3, warmup=20, ema=0.95, shift=2.0, cold=0.0, focus=0.0,
                                   lips=0.0, temporal=0.0, face=0.0, encode_bf16=False, chunks=1, every=100, minutes=1.0, val=1),
            "wan-1.3b": TeacherConfig(network="wan-1.3b", steps=15000, batch=64, micro=1, optimizer="adamw", lr=1e-5, warmup=500, decay=0.1,
@@ -217,7 +217,7 @@ def strip(model, vae, chunks, cfg, device, path, steps=20, guidance=3.0):
     rows = []
     for i, chunk in enumerate(chunks[::max(1, len(chunks) // 4)][:4]):
         row = collate([load_row(chunk, cfg, np.random.default_rng((2, i)), cold=True, deaf=False, sigma=1.0)], device)
-        z = sample_teacher(model, row["noise"], row["identity"], row["audio"], row["identity"][:, :, :1], steps, guidance=guidance)
+        z = sample_teacher(model, row["noise"], row["identity"], row["audio"], row["identity"][:, :, :1], steps, guidance=guidance, focus=16.0)
         start = row["chunk"][0].start
         for video in (pixels(chunk.clip.frames[start:start + chunk.length]), vae.decode(z).float().cpu()):
             picked = video[0, :, np.linspace(0, chunk.length - 1, 8).astype(int)]                   # (3, 8, H, W)
@@ -352,7 +352,7 @@ def build_parser():
     for field in fields(TeacherConfig):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
         kind |= {"choices": CHOICES[field.name]} if field.name in CHOICES else {}
-        p.add_argument(f"--{field.name.replace('_', '-')}", **kind, help=f"{meaning[field.name]} [{field.default}]")
+        p.add_argument(f"--{field.name.replace('_', '-')}", **kind, help=f"{meaning[field.name]} [{getattr(PRESETS['tiny'], field.name)}]")
     return p
 
 
@@ -417,7 +417,8 @@ def main(argv=None):
               f"{ {T: len(pool) for T, pool in pools.by_length.items()} }\nvalidation chunks: {len(val)}")
         before, skip = made_by(args.init)                                       # now: after days of training the file may be gone
         if skip not in (None, cfg.skip):
-            print(f"note: --init {args.init} was made with --skip {skip:g}: what the network has to say is another thing with {cfg.skip:g}")
+            print(f"note: --init {args.init} was made with --skip {skip:g}: what the network has to say is another thing with {cfg.skip:g}",
+                  file=sys.stderr)
         state, losses = train(cfg, model, vae, pools, val, args.run, args.resume, device, rank, world)
         export(args.out or args.weights, model.config, state.ema, cfg, before)
         print(f"steps: {cfg.steps}\nloss: {np.mean(losses[-50:] or [np.nan]):.4f}\nweights: {(args.out or args.weights) / 'teacher.safetensors'}")

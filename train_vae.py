@@ -3,7 +3,7 @@
     python vae.py --data PUPPETS GRID PORTRAITS --out weights/tiny          two cores: about 2 hours; runs/vae holds checkpoint, log and strip
     python vae.py --init weights/tiny --steps 4000 --lr 8e-4 --data ...     from trained weights: longer, steadier
     python vae.py --init weights/tiny --decoder-only ...                    from trained weights, their latents left as they are
-    python vae.py --init weights/tiny --widen 8 --out weights/moving ...    from trained weights, and channels for what moves within a latent
+    python vae.py --init weights/narrow --widen 8 --out weights/moving ...  from trained weights, and channels for what moves within a latent
     python vae.py --evaluate --data PUPPETS GRID --out weights/tiny         held-out clips -> the figures of vae_metrics.json
 
 The course goes from easy to real: pictures first, where only the last tap of every temporal kernel acts (an image autoencoder: many

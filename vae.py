@@ -1,7 +1,8 @@
 """Wan2.1's 3D causal VAE: 1 + 4k frames of pixels <-> 1 + k latents, 8 x 8 smaller. Paper sections 3.1-3.3 ("E" and "D").
 
 Same layers and parameter names as Wan2.1 (wan/modules/vae.py), so the official Wan2.1_VAE.pth loads with strict=True. The small
-preset `tiny` is the same class with fewer channels. How it is trained and measured stands in train_vae.py, and starts from here too:
+preset `tiny` is the same class, narrower, with eight more latent channels. How it is trained and measured stands in train_vae.py,
+and starts from here too:
     python vae.py --data DIR [DIR ...] --out weights/tiny           train on folders of clips and pictures
     python vae.py --evaluate --data DIR [DIR ...]                   PSNR, SSIM, flicker, re-encoding drift, speed -> vae_metrics.json
 
@@ -42,7 +43,7 @@ class VAEConfig:
 
 
 PRESETS = {"wan2.1": VAEConfig(),
-           "tiny": VAEConfig(dim=16, dim_mult=(1, 2, 4, 6), num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)}
+           "tiny": VAEConfig(dim=16, z_dim=24, moving=8, dim_mult=(1, 2, 4, 6), num_res_blocks=1, latents_mean=(0.0,) * 24, latents_std=(1.0,) * 24)}
 
 # ----------------------------------------------------------------------------------------------------------------- parts
 # Every layer that looks back in time takes a `cache`: a dict from the layer to the end of what it saw before. cache=None means "the

@@ -71,12 +71,25 @@ def test_what_the_linear_guess_leaves_of_the_velocity_is_for_the_references_to_t
 
 
 def test_with_a_skip_the_network_says_what_the_linear_guess_leaves():
-    """The guess is added to what the same weights would say without; no preset has one."""
+    """The guess is added to what the same weights would say without; Wan's sizes have none."""
     latents, t, identity, audio = inputs()
     with torch.no_grad():
         plain, with_skip = (network(dataclasses.replace(SMALL, skip=skip))(latents, t, identity, audio) for skip in (0.0, 0.15))
     torch.testing.assert_close(with_skip - plain, dit.linear_velocity(latents, t / 1000, 0.15), atol=1e-5, rtol=1e-4)
-    assert not any(cfg.skip for cfg in PRESETS.values())
+    assert not any(cfg.skip for name, cfg in PRESETS.items() if name.startswith("wan"))
+
+
+def test_the_small_preset_is_one():
+    """What is small agrees about the latents and the skip, in the VAE, the network, its training and in what is shipped."""
+    import json
+    from pathlib import Path
+
+    import train_teacher
+    import vae
+    shipped = json.loads((Path(dit.__file__).parent / "weights/tiny/config.json").read_text(encoding="utf-8"))
+    tiny = PRESETS["tiny"]
+    assert dataclasses.asdict(tiny) == shipped["dit"] and tiny.skip == train_teacher.PRESETS["tiny"].skip
+    assert tiny.channels == vae.PRESETS["tiny"].z_dim == shipped["vae"]["z_dim"] and vae.PRESETS["tiny"].moving == shipped["vae"]["moving"]
 
 
 def test_the_student_takes_the_steps_of_the_shifted_grid():
@@ -181,18 +194,40 @@ def test_guidance_can_be_kept_to_where_the_sound_is_heard():
     torch.testing.assert_close(everywhere - v, 2 * predicted * sound)
 
 
+def test_a_row_is_guided_by_its_own_sound_and_noise_level():
+    """Rows of a batch, some with a long kappa, some with a short one, are what each is alone; the sampler's step is that of guided_velocity."""
+    v, deaf, x, z = (rand(3, 2, 4, 16, 16, seed=seed) * (1 + 3 * torch.arange(3).view(3, 1, 1, 1, 1)) for seed in range(4))
+    sigma, predicted = torch.tensor([1.0, 0.85, 0.4]), torch.ones(3, 1, 4, 1, 1)
+    predicted[0, :, :1], predicted[1:, :, :3] = 0, 0
+    together = dit.guided_velocity(v, deaf, x, sigma, z, predicted, 3.0, 4.0, 2.0)
+    for i in range(3):
+        row = slice(i, i + 1)
+        alone = dit.guided_velocity(v[row], deaf[row], x[row], sigma[i].item(), z[row], predicted[row], 3.0, 4.0, 2.0)
+        torch.testing.assert_close(together[row], alone)
+    model, (noise, _, identity, audio) = network(), inputs(1)
+    kappa = identity[:, :, :1]
+    x, free = dit.replace_head(noise, kappa), torch.tensor([0.0, 1, 1]).view(1, 1, 3, 1, 1)
+    with torch.no_grad():
+        v, deaf = (dit.predict(model, x, 1.0, identity, sound) for sound in (audio, 0 * audio))
+    guided = dit.guided_velocity(v, deaf, x, 1.0, identity, free, 3.0, 4.0, 2.0)
+    sampled = sample_teacher(model, noise, identity, audio, kappa, 1, guidance=3.0, focus=4.0, liveliness=2.0)
+    torch.testing.assert_close(sampled, dit.replace_head(x - guided, kappa))
+
+
 def test_liveliness_makes_larger_what_differs_from_the_still_portrait():
     """A network that says half of a motion, and twice of that: the motion itself. Only in noise, not at kappa, not where the sound is heard."""
     z, motion, eps = (rand(1, 2, 4, 16, 16, seed=seed) for seed in range(3))
     sound, predicted = torch.zeros_like(z), torch.tensor([0.0, 1, 1, 1]).view(1, 1, 4, 1, 1)
     sound[..., 6:8, 4:6] = 1.0
-    for sigma, share in ((1.0, 1.0), (0.8, 1.0), (0.7, 0.5)):           # of the motion that is said
+    for sigma, share in ((1.0, 1.0), (0.8, 1.0), (0.79, 0.5)):           # of the motion that is said
         x = dit.add_noise(z, eps, sigma)
         v = (x - (z + motion / 2)) / sigma
         x0 = dit.x0_from_velocity(x, dit.guided_velocity(v, v - sound, x, sigma, z, predicted, 1.0, 1e-6, liveliness=2.0), sigma)
         said = (x0 - z) / motion
         assert torch.allclose(said[:, :, 0], torch.tensor(0.5), atol=1e-2) and torch.allclose(said[..., 6:8, 4:6], torch.tensor(0.5), atol=1e-2)
         assert torch.allclose(said[:, :, 1:, :6], torch.tensor(share), atol=1e-2)
+    usual = dit.guided_velocity(v, v - sound, x, 1.0, z, predicted, 2.0, 0.0, liveliness=2.0)
+    torch.testing.assert_close(usual, v + predicted * sound)            # guided everywhere: nothing is left to be livelier
 
 
 

@@ -80,9 +80,9 @@ def state(old):
 
 
 def bars(old):
-    """What the teacher has to reach, and does or does not: read off the two reports, so that no figure here is better than its file."""
+    """What has to be reached, and is or is not: read off the two reports, so that no figure here is better than its file."""
     found = [read_json(TINY / f"{name}.json") for name in ("evaluation", "evaluation_grid")]
-    if not all(found):
+    if not all(report and "teacher-other-sound" in report["systems"] for report in found):
         return missing("weights/tiny/evaluation.json and evaluation_grid.json", "python evaluate.py --weights weights/tiny --data CLIPS --controls")
     systems = [report["systems"] for report in found]
     get = lambda s, who, key: s[who][key]["mean"]
@@ -93,12 +93,12 @@ def bars(old):
             ("share of p, b, m with lips shut, of the real", "close: 0.8", "closed_pbm", "", ratio, lambda x, i: x >= 0.8),
             ("motion of the head, of the real", "0.5 to 2", "head", "", ratio, lambda x, i: 0.5 <= x <= 2),
             ("blinks, of the real", "0.5 to 2", "blinks", "", ratio, lambda x, i: 0.5 <= x <= 2)]
-    cell = lambda x, met: f"{x:.2f}" + ("" if met else " (missed)")
+    cell = lambda x, met: f"{x:.3f}" + ("" if met else " (missed)")
     out = []
     for label, bar, key, control, value, met in rows:
         line = [label, bar]
         for i, s in enumerate(systems):
-            line += ["-" if control else f"{value(s, 'vae', key):.2f}"]
+            line += ["-" if control else f"{value(s, 'vae', key):.3f}"]
             line += [cell(x := value(s, who + control, key), met(x, i)) for who in ("teacher", "student")]
         out.append(line)
     return table(["20 held-out clips each", "asked for", "new faces: VAE", "teacher", "student", "GRID: VAE", "teacher", "student"], out)

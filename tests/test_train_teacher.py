@@ -145,7 +145,7 @@ def test_the_cache_is_made_once_and_again_for_other_weights(clips, vae, cache, c
 
     assert changed("decoder") == changed("conv2") == 0
     assert [changed(part) for part in ("encoder", "conv1", "ear")] == [3, 6, 9]
-    other = WanVAE(replace(vae.config, latents_std=(2.0,) * 16))
+    other = WanVAE(replace(vae.config, latents_std=(2.0,) * 24))
     other.load_state_dict(vae.state_dict())
     encode_clips(clips, other, Ear(), cache, CFG)
     encode_clips(clips, vae, Ear(), cache, replace(CFG, frames=29))
@@ -288,14 +288,14 @@ def test_head_latents_are_clean_and_teach_nothing(pools, vae):
 
 def test_a_worn_kappa_is_what_the_codec_would_make_of_it(chunks, vae, pools):
     """Law: of a codec that is linear, k rounds are k rounds. What is worn is kappa only, never a portrait, and the truth stays the truth."""
-    channels = np.random.default_rng(0).uniform(-0.3, 0.3, (16, 16)).astype(np.float32) + np.eye(16, dtype=np.float32)
+    channels = np.random.default_rng(0).uniform(-0.2, 0.2, (24, 24)).astype(np.float32) + np.eye(24, dtype=np.float32)
     linear = Namespace(decode=lambda z: z / 1000, encode=lambda x: 1000 * torch.einsum("cd,bdfhw->bcfhw", torch.from_numpy(channels), x))
     wear = wear_of(linear, chunks[:4], 3)
     assert torch.allclose(wear, torch.from_numpy(channels), atol=1e-3)
-    z = torch.randn(16, 3, 4, 4)
+    z = torch.randn(24, 3, 4, 4)
     twice = torch.einsum("cd,de,efhw->cfhw", wear, wear, z)
     assert torch.allclose(worn(z, wear, 2, 0 * z), twice, atol=1e-4) and torch.equal(worn(z, wear, 0, z), z)
-    noise = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     once, thrice = (worn(0 * noise, wear, rounds, noise) for rounds in (1, 3))
     assert torch.allclose(thrice, 3 ** 0.5 * once)                              # noise adds up as it does: by its variance
     blotches = once - 0.3 * noise
@@ -392,7 +392,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(pools, vae, chunks, 
 
 def test_a_killed_run_goes_on_bit_for_bit(pools, vae, chunks, tmp_path, monkeypatch):
     """Law: killed at any step and resumed, a run has the same losses, weights, averages, optimiser and wear as one that was left alone."""
-    pools.wear = torch.eye(16) + 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    pools.wear = torch.eye(24) + 0.1 * torch.randn(24, 24, generator=torch.Generator().manual_seed(0))
     whole, losses = run(tmp_path / "a", vae, pools, chunks, worn=2)
     step_of, save = tt.train_step, tt.save_checkpoint
 
@@ -408,7 +408,7 @@ def test_a_killed_run_goes_on_bit_for_bit(pools, vae, chunks, tmp_path, monkeypa
         run(tmp_path / "b", vae, pools, chunks, minutes=0.0, worn=2)                    # last saved before step 3, killed in step 4
     monkeypatch.setattr(tt, "train_step", step_of)
     monkeypatch.setattr(tt, "save_checkpoint", save)
-    pools.wear = torch.eye(16)                                                  # measured anew, from other chunks perhaps: the checkpoint's counts
+    pools.wear = torch.eye(24)                                                  # measured anew, from other chunks perhaps: the checkpoint's counts
     resumed, rest = run(tmp_path / "b", vae, pools, chunks, resume=True, model=network(seed=9), worn=2)
     assert len(rest) == 3 and rest == losses[3:]
     assert all(torch.equal(whole.tensors[k], resumed.tensors[k]) for k in whole.tensors)
@@ -417,7 +417,7 @@ def test_a_killed_run_goes_on_bit_for_bit(pools, vae, chunks, tmp_path, monkeypa
     with pytest.raises(ValueError, match="lr 0.001 -> 0.1"):
         run(tmp_path / "b", vae, pools, chunks, resume=True, worn=2, lr=0.1)
     with pytest.raises(ValueError, match="made with other options: data "):    # bit for bit means: on the same clips, as often
-        run(tmp_path / "b", vae, Pools([chunks[1:]], [1.0], torch.eye(16)), chunks, resume=True, worn=2)
+        run(tmp_path / "b", vae, Pools([chunks[1:]], [1.0], torch.eye(24)), chunks, resume=True, worn=2)
 
 
 def test_nan_stops_the_run_and_names_the_clips(clips, vae, pools, chunks, tmp_path, monkeypatch):
@@ -538,7 +538,7 @@ def test_a_skip_stays_with_the_weights(folder, capsys):
         capsys.readouterr()
         tt.main([*options, "--init", str(init), "--run-dir", str(weights / f"run{len(more)}"), *more])
         text = capsys.readouterr()
-        said.append(("note: --init" in text.out, "distil it anew" in text.err))
+        said.append(("note: --init" in text.err, "distil it anew" in text.err))
     assert said == [(True, False), (False, True)]
 
 
@@ -579,7 +579,7 @@ def test_fresh_clips_need_a_linear_encoder(folder, capsys, monkeypatch):
     monkeypatch.setattr(tt, "train_step", None)                                 # the one step is made: resumed, there is nothing left to do
     tt.main([*options, "--run-dir", str(folder / "bent"), "--resume"])
     with safe_open(folder / "bent/checkpoint.safetensors", "pt") as file:
-        assert [file.get_slice(f"codec.{i}").get_shape() for i in (0, 1)] == [[769, 16]] * 2
+        assert [file.get_slice(f"codec.{i}").get_shape() for i in (0, 1)] == [[769, 24]] * 2
 
 
 @pytest.mark.parametrize("script", ["train_teacher", "distill_student"])

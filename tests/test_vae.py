@@ -146,7 +146,7 @@ def test_causal_convolution_is_conv3d_with_zeros_in_front():
 def test_frame_counts(small):
     """81 frames are 21 latents; what is not 4k+1 is refused, where Wan would drop the rest in silence."""
     with torch.no_grad():
-        assert WanVAE(PRESETS["tiny"]).encode(torch.zeros(1, 3, 81, 16, 16)).shape == (1, 16, 21, 2, 2)
+        assert WanVAE(PRESETS["tiny"]).encode(torch.zeros(1, 3, 81, 16, 16)).shape == (1, 24, 21, 2, 2)
     for shape in ((1, 3, 80, 16, 16), (1, 3, 9, 12, 16), (1, 4, 9, 16, 16)):
         with pytest.raises(ValueError, match="4k\\+1"):
             small.encode(torch.zeros(shape))
@@ -214,7 +214,7 @@ def two_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(T, "COURSE", COURSE)
     monkeypatch.setattr(T, "POLISH", COURSE[1:])
-    config = replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
+    config = replace(SMALL, z_dim=16, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16, dim_mult=(1, 1, 2, 2), num_res_blocks=1)
     T.train(T.TrainConfig(steps=2), config, [moving_clips()], tmp_path / "a", resume=False)
     return tmp_path / "a"
 
@@ -234,7 +234,7 @@ def test_exported_weights_load_and_normalise(tmp_path, monkeypatch):
     have it around a mouth."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(T, "COURSE", COURSE)
-    config = T.wider(replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2)), 8)
+    config = replace(PRESETS["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
     T.train(T.TrainConfig(steps=2), config, [moving_clips()], tmp_path, resume=False)
     vae = load_vae(tmp_path)
     with torch.no_grad():
