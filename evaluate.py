@@ -269,6 +269,8 @@ def make_video(models, folder, name, picture, sound, steps, args):
 
 def generate(args, paths, bench):
     """Every network speaks every clip's words with that clip's first frame; so it does with another clip's words, and in silence. -> folders"""
+    if args.controls and len(paths) < 2:
+        raise ValueError("--controls takes another clip's words: that needs two held-out clips")
     folders = []
     for network in args.networks:
         try:
@@ -281,7 +283,8 @@ def generate(args, paths, bench):
         steps, jobs = args.teacher_steps if network == "teacher" else args.student_steps, []
         for k, path in enumerate(paths):
             sound = sound_of(path, n := probe(path)[0])[:round(n * FPS) * HOP]
-            other = np.resize(sound_of(p := paths[(k + 1) % len(paths)], probe(p)[0]), len(sound))
+            # half the list away, for neighbours by name may say much the same: GRID's names spell their sentences (LOG.md)
+            other = np.resize(sound_of(p := paths[(k + len(paths) // 2) % len(paths)], probe(p)[0]), len(sound))
             jobs += [(network, path, path.stem, sound, None)]
             controls = {"other-sound": other, "silence": sound * 0} if args.controls else {}
             jobs += [(f"{network}-{what}", path, path.stem, heard, None) for what, heard in controls.items()]

@@ -195,8 +195,12 @@ def test_generating_first(shelf, tmp_path):
     save_file(AudioDiT(dit).state_dict(), weights / "student.safetensors", {"trained": "no"})
     config = {"vae": asdict(vae), "dit": asdict(dit), "audio": str(heard), "size": 32, "frames": 33}
     (weights / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    E.main(["--weights", str(weights), "--data", str(shelf / "real"), "--clips", "1", "--controls", "--long", "5.2", "--student-steps", "1",
-            "--out", str(tmp_path / "out"), "--proxies", str(shelf / "proxies"), "--device", "cpu"])
+    clips = Path(shutil.copytree(shelf / "real", tmp_path / "clips"))
+    (clips / "split.json").write_text('{"train": ["t2"], "val": ["t0", "t1"]}', encoding="utf-8")
+    command = ["--weights", str(weights), "--data", str(clips), "--controls", "--student-steps", "1", "--proxies", str(shelf / "proxies")]
+    with pytest.raises(SystemExit, match="2"):
+        E.main([*command, "--clips", "1", "--out", str(tmp_path / "one")])          # no other clip, no other's words
+    E.main([*command, "--clips", "2", "--long", "5.2", "--out", str(tmp_path / "out"), "--device", "cpu"])
     found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert list(found["systems"]) == ["real", "vae", "frozen", "student", "student-other-sound", "student-silence", "student-long"]
     assert found["systems"]["student"]["fps"]["mean"] > 0 and set(found["drift"]) == {"student-long"}
@@ -204,6 +208,20 @@ def test_generating_first(shelf, tmp_path):
     assert len(list(E.squares(tmp_path / "out" / "videos" / "student-long" / "long_0.mp4", 32))) == 130
     assert not any("not measured" in n for n in found["notes"])
     assert infer.CHUNK == 81 and found["systems"]["student-long"].keys() >= {"seam", "proxy_identity"}
+
+
+def test_the_other_sound_is_half_a_list_away(monkeypatch, tmp_path):
+    """Names sort alike sentences together (GRID: bbaf2n, bbaf3s, "bin blue at F ..."); whoever says nearly the same is no control."""
+    paths, said = [tmp_path / f"{k}.mp4" for k in range(5)], {}
+    monkeypatch.setattr(infer, "load", lambda *_: SimpleNamespace(trained=True, size=32))
+    monkeypatch.setattr(E, "probe", lambda path: (1.0, 1.0, []))
+    monkeypatch.setattr(E, "sound_of", lambda path, seconds: np.full(25 * HOP, int(path.stem), np.float32))
+    monkeypatch.setattr(E, "squares", lambda path, size: iter([np.zeros((32, 32, 3), np.uint8)]))
+    monkeypatch.setattr(E, "make_video", lambda models, folder, name, picture, sound, *_: said.update({(folder.name, int(name)): sound[0]}) or {})
+    args = SimpleNamespace(networks=["student"], weights=None, device="cpu", student_steps=4, controls=True, long=0, out=tmp_path)
+    E.generate(args, paths, SimpleNamespace(notes=[]))
+    assert [said["student", k] for k in range(5)] == [0, 1, 2, 3, 4]
+    assert [said["student-other-sound", k] for k in range(5)] == [2, 3, 4, 0, 1] and not any(said["student-silence", k] for k in range(5))
 
 
 def test_proxies_are_trained_by_one_command(shelf, tmp_path, capsys):
