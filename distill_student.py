@@ -41,19 +41,7 @@ from tqdm import tqdm
 
 import infer
 import report
-from checkpoint import (
-    gather,
-    join,
-    load_checkpoint,
-    log,
-    mean,
-    save_checkpoint,
-    save_picture,
-    shard,
-    swap,
-    trim_log,
-    write_safetensors,
-)
+from checkpoint import gather, join, load_checkpoint, log, mean, save_checkpoint, save_picture, shard, swap, trim_log, write_safetensors
 from chunks import Streams, chunks_left, encode_clips, one_per_folder, pixels
 from data import ClipFolder
 from dit import add_noise, guided_velocity, score_from_velocity, student_sigmas, velocity, x0_from_velocity
