@@ -133,8 +133,8 @@ def wear_of(vae, chunks, m, device="cpu", codec=None):
 
 def worn(kappa, wear, rounds, noise, cells=4):
     """kappa (C, m, h, w) as if it had been handed over `rounds` times, (C, m, h, w): less detail, and noise, white and in cells x cells blotches,
-    a quarter of the picture's side each, as colours run. The noise is no codec's: what is not trusted is looked up in z_id. 0.3 was found by
-    trying; 0.15 is about what 4 x 4 means are off by after 15 s (LOG.md)."""
+    a quarter of the picture's side each, as colours run. No codec makes this noise: it teaches to distrust kappa and look in z_id. 0.3 was
+    found by trying; 0.15 is about the error of 4 x 4 means after 15 s (LOG.md)."""
     corner = noise[None, :, 0, :cells, :cells]                                  # of the head's noise, which nothing else needs; one for all m, or
     blotches = nnf.interpolate(corner, size=kappa.shape[2:], mode="bilinear")[0, :, None]       # they would average out; (C, 1, h, w)
     less = torch.einsum("cd,dmhw->cmhw", torch.linalg.matrix_power(wear, rounds), kappa)

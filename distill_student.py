@@ -4,13 +4,13 @@
     python distill_student.py --data CLIPS --preset debug          one film by heart, two minutes on two cores: does everything still learn?
     python distill_student.py --data CLIPS --resume                goes on where a killed run was last saved, bit for bit
     python distill_student.py --plot                               runs/student/log.jsonl -> runs/student/curves.png
-    python distill_student.py --data CLIPS --teacher-sees gen      Table 4, symmetric-gen; with --student-sees gt: symmetric-gt
+    python distill_student.py --data CLIPS --teacher-sees gen      Table 4, symmetric-gen; --student-sees gt instead: symmetric-gt
     python distill_student.py --data CLIPS --no-distill            no AKD: the teacher, as it is, in the student's 4 steps
     torchrun --nproc_per_node=8 distill_student.py --preset wan-1.3b --weights DIR --data CLIPS                           (FSDP)
 
 Three networks, all of them the teacher at first, look at the same chunk:
     student   makes it in 4 steps from noise, after its *own* last frames (kappa_gen), as in use      Eq. 9, trained by Eq. 8
-    critic    tells the score of what the student makes after such frames                             trained by Eq. 15, five times as often
+    critic    tells the score of what the student makes after such frames                             trained by Eq. 15, --ratio times as often
     teacher   tells the score of true chunks after the *true* frames before (kappa_gt)                frozen
 The student moves by the difference of the two scores (Eq. 13). From a face that has drifted, that leads back to where the true film goes on.
 
@@ -206,7 +206,7 @@ def export(weights, out, ema, cfg, skip):
     if tensors := gather(ema, torch.float16):
         if out.resolve() != weights.resolve():
             shutil.copytree(weights, out, ignore=shutil.ignore_patterns("student*", "*.part"), dirs_exist_ok=True)
-        about = {"class": "AudioDiT", "trained": "yes", "steps": str(cfg.steps), "identity": cfg.identity, "skip": str(skip),
+        about = {"class": "AudioDiT", "trained": "yes", "steps": str(cfg.steps * cfg.distill), "identity": cfg.identity, "skip": str(skip),
                  "config": json.dumps(asdict(cfg))}
         write_safetensors(out / "student.safetensors", tensors, about)
 
@@ -351,8 +351,8 @@ def check(cfg, world):
         raise ValueError(f"batch {cfg.batch} must be a multiple of micro {cfg.micro} x {world} processes; rollout >= 2, sample_shift and counts >= 1")
     if cfg.distill and not 0 <= cfg.follow < max(1, cfg.denoise - 1):
         raise ValueError(f"follow {cfg.follow} must be under denoise - 1, {cfg.denoise - 1}, or 0: the last step gets the student's own answer")
-    if not all(0 <= x < np.inf for x in (cfg.guidance_focus, cfg.liveliness)):
-        raise ValueError(f"--guidance-focus {cfg.guidance_focus} and --liveliness {cfg.liveliness} must be 0 or more")
+    if not all(0 <= x < np.inf for x in (cfg.guidance_focus, cfg.liveliness)) or not 0 < cfg.delta < np.inf:
+        raise ValueError(f"--guidance-focus {cfg.guidance_focus} and --liveliness {cfg.liveliness} must be 0 or more, --delta {cfg.delta} over 0")
     if cfg.liveliness != 1 and (cfg.guidance == 1 or cfg.guidance_focus == 0):
         raise ValueError(f"--liveliness {cfg.liveliness} needs --guidance other than 1 and a --guidance-focus over 0")
     if 0 < cfg.tail <= cfg.head:

@@ -333,8 +333,8 @@ def heard(difference, focus):
     """Where in the picture the sound is heard, 0 to 1: difference (B, C, F, h, w) of velocities -> (B, 1, 1, h, w).
 
     What the sound changes is large at lips and chin, 5 to 20 times its mean square over the picture; elsewhere mostly
-    0.03 to 1.5 times that (LOG.md). Told for tokens, 2 x 2 latents, and for all of a chunk. It is relative: of a sound
-    that changes nothing anywhere it makes a faint mask of chance, or none."""
+    0.03 to 1.5 times that (LOG.md). One value for a token, 2 x 2 latents, the same for the whole chunk. It is relative:
+    if the sound changes nothing anywhere, the mask is faint chance, or 0."""
     energy = nnf.avg_pool2d(difference.square().mean((1, 2))[:, None], 2)                        # (B, 1, h/2, w/2)
     loud = (energy / energy.mean((2, 3), keepdim=True).clamp(min=1e-12)).square()
     return nnf.interpolate(loud / (loud + focus) if focus else torch.ones_like(loud), scale_factor=2)[:, :, None]

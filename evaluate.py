@@ -10,7 +10,7 @@ alike: the real clips, the VAE's reconstruction of them (with --weights), and a 
 FID, FVD, Sync-C/D and ArcFace need official files (--fid-weights ...); without them they are left out, never replaced. What our own small networks
 say is called `proxy`: their scale is in weights/tiny/proxies/proxies.json. Mouth: the gap between the lips, seen by the face proxy in the generated
 video, against the truth (a puppet's sidecar, else the same proxy on the real clip), over the frames in which somebody speaks.
-Writes report.md (tables, glossary), report.json, videos.csv, pieces.csv, drift.png, sheet.png.
+Writes report.md (tables, notes), report.json, videos.csv, pieces.csv, drift.png, sheet.png.
 """
 import argparse
 import json
@@ -118,10 +118,8 @@ class Bench:
         self.device, _ = infer.pick(args.device, "float32")
         paths = {kind: getattr(args, f"{kind}_weights") for kind in KINDS}
         for kind, path in paths.items():
-            if path:
-                notes.append(f"{kind}: {path}, sha256 {metrics.check_file(path, kind)[:16]}")
-            else:
-                notes.append(f"{kind.upper()} is left out: no --{kind}-weights given")
+            notes.append(f"{kind}: {path}, sha256 {metrics.check_file(path, kind)[:16]}" if path else
+                         f"{kind.upper()} is left out: no --{kind}-weights given")
         make = {"fid": metrics.inception_features, "fvd": metrics.i3d_features, "syncnet": metrics.load_syncnet, "identity": metrics.arcface}
         self.net = {kind: make[kind](path, self.device) for kind, path in paths.items() if path}
         self.proxy = proxies.load_proxies(args.proxies, self.device)
@@ -285,12 +283,11 @@ def generate(args, paths, bench):
             sound = sound_of(path, n := probe(path)[0])[:round(n * FPS) * HOP]
             # half the list away, for neighbours by name may say much the same: GRID's names spell their sentences (LOG.md)
             other = np.resize(sound_of(p := paths[(k + len(paths) // 2) % len(paths)], probe(p)[0]), len(sound))
-            jobs += [(network, path, path.stem, sound, None)]
-            controls = {"other-sound": other, "silence": sound * 0} if args.controls else {}
-            jobs += [(f"{network}-{what}", path, path.stem, heard, None) for what, heard in controls.items()]
+            controls = {f"{network}-other-sound": other, f"{network}-silence": sound * 0} if args.controls else {}
+            jobs += [(system, path, path.stem, heard, None) for system, heard in ({network: sound} | controls).items()]
         for k in range(args.long_videos if args.long else 0):
             sound, gap, phones = long_take(paths, k, args.long, bench)
-            jobs.append((f"{network}-long", paths[k], f"long_{k}", sound, {"gap": gap, "phones": phones}))
+            jobs.append((f"{network}-long", paths[k % len(paths)], f"long_{k}", sound, {"gap": gap, "phones": phones}))
         timing = {}
         for system, path, name, sound, truth in tqdm(jobs, f"generating, {network}", unit="video", disable=None):
             folder = args.out / "videos" / system
@@ -415,8 +412,8 @@ def run(args, argv):
         if not folder.is_dir():
             raise FileNotFoundError(f"no such folder: {folder}")
     if args.size is None:
-        config = args.weights / "config.json" if args.weights else None
-        args.size = int(json.loads(config.read_text(encoding="utf-8"))["size"]) if config and config.is_file() else 128
+        config = args.weights / "config.json" if args.weights else Path()
+        args.size = int(json.loads(config.read_text(encoding="utf-8")).get("size", 128)) if config.is_file() else 128
     if args.size < 32 or args.size % 8:
         raise ValueError(f"--size {args.size} must be 32, 40, 48, ...")
     begin = time.perf_counter()

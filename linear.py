@@ -15,7 +15,7 @@ def blocks(video):
 
 
 def spread(x, channels):
-    """Centred vectors (n, P) -> (P, channels), their first principal components, spread over channels of equal variance, together 1 each.
+    """Centred vectors (n, P) -> (P, channels), their first principal components, mixed so that every channel has variance 1.
 
     Component i has variance v_i; it is scaled to v_i^(1/2): half-way between pixels' weights (1: a diffusion model would
     see little but brightness) and white (0: it would spend itself on grain). A Hadamard matrix, orthogonal and all of +-1, spreads the

@@ -66,7 +66,7 @@ class TeacherConfig:
     decay: float = 0.3              # share of the steps, at the end, in which it falls to zero
     ema: float = 0.99               # memory of the averaged weights, which are the ones shipped
     shift: float = 8.0              # of the noise levels, > 1 trains more on noise; full size: 5 (paper: not given)
-    identity: str = "tre"           # identity reference: tre (Eq. 3), etr (Eq. 29, the baseline of Tables 2 and 3)
+    identity: str = "tre"           # identity reference: tre (Eq. 3), etr (Eq. 29, the baseline of Table 3)
     head: int = 3                   # m, continuity latents = 4 m - 3 frames (paper: lost)
     cold: float = 0.1               # share of rows that start cold, with the portrait as their first frame
     worn: int = 0                   # rounds of the codec that kappa_gt may have behind it, 0 to this many; ours; 0 = the paper
@@ -213,7 +213,7 @@ def validate(model, chunks, cfg, device):
 
 @torch.no_grad()
 def strip(model, vae, chunks, cfg, device, path, steps=20, guidance=3.0):
-    """A picture: truth above sample for four validation chunks, eight moments each; sampled as infer.py samples a first chunk."""
+    """A picture: truth above sample for four validation chunks, eight moments each; a first chunk, begun as infer.py begins it."""
     rows = []
     for i, chunk in enumerate(chunks[::max(1, len(chunks) // 4)][:4]):
         row = collate([load_row(chunk, cfg, np.random.default_rng((2, i)), cold=True, deaf=False, sigma=1.0)], device)
@@ -359,6 +359,8 @@ def build_parser():
 def prepare(args, cfg, device, rank, world):
     """The frozen encoders, the network, the chunks -> model, vae, Pools, validation chunks"""
     config = json.loads((args.weights / "config.json").read_text(encoding="utf-8"))
+    if missing := {"size", "audio"} - config.keys():
+        raise ValueError(f"{args.weights / 'config.json'} lacks {' and '.join(sorted(missing))}")
     if cfg.window_side and config["size"] // 8 % cfg.window_side:
         raise ValueError(f"--window-side {cfg.window_side} must divide a picture's {config['size'] // 8} latents of a side")
     vae = load_vae(args.weights, device)

@@ -505,7 +505,7 @@ def test_bad_input_is_one_line(folder, capsys):
                       (["--identity", "etr"], "trained with tre"),                # a student cannot learn from scores of another reference
                       (["--tail", "3"], "tail"), (["--sample-shift", "0"], "sample_shift"),
                       (["--guidance-focus", "-1"], "0 or more"), (["--liveliness", "nan"], "0 or more"),
-                      (["--guidance", "2", "--liveliness", "2"], "over 0"),
+                      (["--guidance", "2", "--liveliness", "2"], "over 0"), (["--delta", "0"], "over 0"),
                       (["--share", "1", "1"], "folders of --data"), (["--cache", "a", "b"], "folders of --data")):
         with pytest.raises(SystemExit) as stop:
             ds.main(options(folder, *bad, run="bad"))

@@ -156,8 +156,8 @@ def lines(old):
 def equations(old):
     """Number -> the functions that say "Eq. NUMBER" in their docstrings or comments, in the order of the paper."""
     where = {}
-    for path in (ROOT / name for name in ("dit.py", "tre.py", "train_teacher.py", "distill_student.py", "chunks.py", "linear.py", "data.py")):
-        source = path.read_text(encoding="utf-8")
+    for script in ("dit", "tre", "train_teacher", "distill_student", "chunks", "audio", "linear", "data"):
+        source = (path := ROOT / f"{script}.py").read_text(encoding="utf-8")
         for node in ast.parse(source).body:
             name = getattr(node, "name", "Config")
             if not name.endswith("Config") and name not in ("build_parser", "plot", "validate"):

@@ -513,6 +513,11 @@ def test_bad_input_is_one_line(folder, capsys):
             tt.main([*bad, "--weights", str(folder / "weights"), "--run-dir", str(folder / "bad"), "--preset", "debug", "--device", "cpu"])
         text = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == 2 and text[-1].startswith("train_teacher.py: ")
+    (folder / "half").mkdir()
+    (folder / "half" / "config.json").write_text('{"size": 32}', encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        tt.main([*clips, "--weights", str(folder / "half"), "--run-dir", str(folder / "bad"), "--preset", "debug"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("config.json lacks audio")
     with pytest.raises(SystemExit) as stop:
         tt.main(["--help"])
     text = capsys.readouterr().out
