@@ -112,15 +112,20 @@ def save_picture(path, image):
         write_aside(path, lambda part: image.save(part, "PNG"))
 
 
+def check_options(path, about, cfg, free, **more):
+    """ValueError if other options made a checkpoint, whose metadata is `about`; those named in `free` may change."""
+    old = asdict(type(cfg)()) | json.loads(about["config"])                     # an option that is newer than the file does nothing by default
+    other = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(cfg).items() if k not in free and old.get(k) != v]
+    other += [f"{k} {about.get(k)} -> {v}" for k, v in more.items() if about.get(k) != v]
+    if other:
+        raise ValueError(f"{path} was made with other options: {', '.join(other)}")
+
+
 @torch.no_grad()
 def load_checkpoint(path, tensors, cfg, free, **more):
-    """Fills `tensors`, also by another number of processes -> steps done. ValueError if other options made it; those named in `free` may change."""
+    """Fills `tensors`, also by another number of processes -> steps done. ValueError: see check_options."""
     with safe_open(path, "pt") as file:
-        old = asdict(type(cfg)()) | json.loads(file.metadata()["config"])       # an option that is newer than the file does nothing by default
-        other = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(cfg).items() if k not in free and old.get(k) != v]
-        other += [f"{k} {file.metadata().get(k)} -> {v}" for k, v in more.items() if file.metadata().get(k) != v]
-        if other:
-            raise ValueError(f"{path} was made with other options: {', '.join(other)}")
+        check_options(path, file.metadata(), cfg, free, **more)
         for name, tensor in tensors.items():
             new = file.get_tensor(name).to(tensor.device)
             tensor.copy_(distribute_tensor(new, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else new)

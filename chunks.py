@@ -77,6 +77,14 @@ def one_per_folder(args, *names, folders="data"):
             raise ValueError(f"--{name} has {len(values)} values for the {count} folders of --{folders}")
 
 
+def names_of(folders):
+    """What figures of folders are kept by: their names. ValueError if two have the same."""
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"figures are kept by the folders' names, and two are the same: {' '.join(names)}")
+    return names
+
+
 @torch.no_grad()
 def encode_clip(clip, starts, pictures, T, vae, encoder, device, bf16, fresh=False):
     """-> dict of float16 arrays: what infer.py would compute for these chunks and pictures, rounded. fresh: the sound only."""

@@ -391,15 +391,18 @@ def prepare(src, dst, syncnet=None, **limits):
             figures = measure(part, sound, boxes)
             reasons = [f"duplicate of {twin}"] if twin else failures(figures, limits)
             if syncnet and not reasons:
-                figures["sync_c"], figures["sync_d"] = syncnet(part, sound / np.float32(32768))
-                reasons = failures(figures, limits)
+                try:
+                    figures["sync_c"], figures["sync_d"] = syncnet(part, sound / np.float32(32768))
+                    reasons = failures(figures, limits)
+                except ValueError as error:                                     # too short to be judged
+                    reasons = [str(error)]
             rows.append({"clip": name, "source": path.name, "start": a / FPS, "reason": "; ".join(reasons)} | figures)
             if not reasons:
                 seen[path.name], identity = (who, h), sidecar_text(path, "identity", path.stem)
                 text = {"identity": identity, "video": who or path.stem, "start": a / FPS}
                 (dst / f"{name}.json").write_text(json.dumps(text), encoding="utf-8")
-                if faces:
-                    np.savez(dst / f"{name}.npz", box=np.float32(np.median([b for b in boxes if b is not None], axis=0)))
+                if found := [box for box in boxes if box is not None]:
+                    np.savez(dst / f"{name}.npz", box=np.float32(np.median(found, axis=0)))
                 write_mp4(dst / f"{name}.mp4", part, sound)
     with open(dst / "report.part", "w", encoding="utf-8", newline="") as f:
         table = csv.DictWriter(f, ["clip", "source", "start", *(k for k in LIMITS if LIMITS[k][0]), "reason"])

@@ -188,12 +188,12 @@ def measure_video(bench, system, item):
         reference = next(squares(item.reference or item.real or item.video, args.size))[None]
         there = box_of(item.reference) if item.reference else box               # where the face is in the reference
         who, tint = bench.identity(reference, there)[0], metrics.colour(reference, there)
-        rows, gaps, lids, before, start = [], [], [], None, 0
+        rows, gaps, lids, before, start, overlap = [], [], [], None, 0, 0 if item.how == "vae" else args.continuity_frames  # its chunks abut
         for k, frames in enumerate(pieces(bench.frames(item))):
             voice = sound[start * HOP:(start + len(frames)) * HOP]
             windows = [t for t in WINDOWS if t * FPS == (k + 1) * PIECE and len(frames) >= PIECE]
             row, lips = sync_row(bench, frames, voice, box)
-            row |= metrics.picture_row(frames, before, start, box, tint, bench.chunk, args.continuity_frames)
+            row |= metrics.picture_row(frames, before, start, box, tint, bench.chunk, overlap)
             seen, features = bench.identity(frames[::args.every], box)
             row |= {key: float((vectors @ who[key][0]).mean()) for key, vectors in seen.items()}
             for metric, x in (("proxy_frechet", features), ("proxy_frechet_lips", lips)):

@@ -13,6 +13,7 @@ A box is where the face is, x0 y0 x1 y1 from brow to chin, in fractions of the s
 import hashlib
 import pickle
 import warnings
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -48,7 +49,7 @@ def box_of(path):
             with av.open(str(path)) as container:
                 size = container.streams.video[0].width, container.streams.video[0].height
         return tuple(box / size[0]) if size[0] == size[1] and box.shape == (4,) else FACE_BOX
-    except (OSError, KeyError, IndexError, ValueError, BadZipFile, av.FFmpegError):
+    except (OSError, EOFError, KeyError, IndexError, ValueError, BadZipFile, zlib.error, av.FFmpegError):
         return FACE_BOX
 
 
@@ -221,12 +222,12 @@ def syncnet_scorer(path):
     if Path(path).suffix == ".safetensors":
         from proxies import load_network
         print(f"note: {path} is the small proxy: its Sync-C/D have a scale of their own, see {Path(path).parent / 'proxies.json'}")
-        net = load_network(path)
+        net, padded = load_network(path), False
     else:
-        net = load_syncnet(path)
+        net, padded = load_syncnet(path), True
 
     def score(frames, sound):
-        scores = sync_scores(*sync_features(net, frames, sound, FACE_BOX))
+        scores = sync_scores(*sync_features(net, frames, sound, FACE_BOX), padded=padded)
         return scores["sync_c"], scores["sync_d"]
     return score
 

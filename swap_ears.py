@@ -160,7 +160,8 @@ def main(argv=None):
         tensors, dit, figures = swap(args.weights, config, ears, *parts, args.steps, device)
         with safe_open(args.weights / "teacher.safetensors", "pt") as file:
             about = file.metadata() or {}
-        other = shutil.ignore_patterns("student*", "teacher*", *KINDS, "*.part", "*.json")
+        old = [path.name for path in args.weights.glob("*.json")]               # figures of the other ears; not proxies/proxies.json
+        other = shutil.ignore_patterns("student*", "teacher*", *KINDS, "*.part", *old)
         aside = args.out.with_name(args.out.name + ".part")
         shutil.rmtree(aside, ignore_errors=True)                                # of a run that was killed
         shutil.copytree(args.weights, aside, ignore=other)

@@ -209,8 +209,8 @@ def load_checkpoint(path, nets, optimizer, cfg, data):
 
 def loss_of(guess, target, opening, weight, lips):
     """guess (B, T, phones + 1): logits and opening; -> cross entropy of the phones + lips x squared error of the opening, over its variance."""
-    entropy = -(target * guess[..., :-1].float().log_softmax(-1) * weight[..., None]).sum() / weight.sum()
-    error = ((guess[..., -1].float() - opening).square() * weight).sum() / (opening.var() + 1e-3) / weight.sum()
+    entropy = -(target * guess[..., :-1].float().log_softmax(-1) * weight[..., None]).sum() / (known := weight.sum().clamp(min=1e-6))
+    error = ((guess[..., -1].float() - opening).square() * weight).sum() / (opening.var() + 1e-3) / known
     return entropy + lips * error, error
 
 
@@ -242,6 +242,8 @@ def train(cfg, encoder, takes, clips, out, run, resume=False, device="cpu"):
         loss, error = loss_of(guess, *labels, cfg.lips)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(live.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise ValueError(f"loss {loss.item()}, gradient {norm.item()} at step {step}; the last good checkpoint is {checkpoint}")
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():                                               # a short memory while all is new
@@ -268,8 +270,8 @@ def train(cfg, encoder, takes, clips, out, run, resume=False, device="cpu"):
 
 @torch.no_grad()
 def evaluate(out, takes, device="cpu"):
-    """Figures on `takes`, heard as the video model hears them: chunk by chunk, each from its own window. opening_correlation: of what is heard of
-    the lips' opening, of one frame's states by a linear map, with what a puppet shows; over speech frames, mean over the takes."""
+    """Figures on `takes`, heard in chunks of 81 frames (the small preset's have 33), each from its own window. opening_correlation: of what is
+    heard of the lips' opening, of one frame's states by a linear map, with what a puppet shows; over speech frames, mean over the takes."""
     encoder = AudioEncoder(out, device)
     head = nn.Linear(encoder.layers * encoder.dim, len(PHONES) + 1).to(device)
     head.load_state_dict(load_file(out / "head.safetensors"))
@@ -331,13 +333,13 @@ def main(argv=None):
             figures |= {f"clips_{name}": value for name, value in evaluate(args.out, held_out, device).items()
                         if name in ("phone_accuracy", "viseme_accuracy", "opening_correlation", "frames")}
         figures["command"] = "python train_audio.py --speech DIR --phones DIR" + " --clips DIR" * bool(held_out) + " --evaluate --out DIR"
+        write_json(args.out / "metrics.json", figures)
     except (ValueError, OSError, RuntimeError, LookupError, TypeError, SafetensorError, KeyboardInterrupt) as error:
         parser.exit(130 if isinstance(error, KeyboardInterrupt) else 2, f"train_audio.py: {' '.join(str(error).split())[:300] or 'stopped'}\n")
     print("\n".join(f"{name}: {value}" for name, value in figures.items() if "viseme_p" not in name))
     print("spoken " + "".join(f"{name:>6}" for name in VISEMES) + "   <- heard, % of the row")
     for name, row in zip(VISEMES, figures["viseme_percent"]):
         print(f"{name:<7}" + "".join(f"{percent or '.':>6}" for percent in row))
-    write_json(args.out / "metrics.json", figures)
 
 
 if __name__ == "__main__":

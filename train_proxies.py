@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import metrics
 from checkpoint import write_json, write_safetensors
-from chunks import fingerprint, one_per_folder
+from chunks import fingerprint, names_of, one_per_folder
 from data import HOP, ClipFolder, keep_arrays, sidecar_text
 from infer import CHUNK
 from metrics import SMALL, Gaussian, SyncNet, box_of, correlation, face_square, frechet
@@ -151,9 +151,10 @@ def face_loss(net, clips, rng, faces=48):
     pictures, gap, lids = [], [], []
     while len(pictures) < faces:
         clip = clips[int(rng.integers(len(clips)))]
-        truth, i = true_curves(clip.path), int(rng.integers(clip.length))
+        truth = true_curves(clip.path)
+        i = int(rng.integers(n := min(clip.length, len(truth["gap"]))))                 # a sidecar may be a frame short
         if rng.random() < 0.6 and truth["blink"].max() > 0.1:      # blinks are rare; near ones teach when they begin and end
-            i = int(np.clip(rng.choice(np.flatnonzero(truth["blink"] > 0.1)) + rng.integers(-5, 6) * rng.integers(2), 0, clip.length - 1))
+            i = int(np.clip(rng.choice(np.flatnonzero(truth["blink"] > 0.1)) + rng.integers(-5, 6) * rng.integers(2), 0, n - 1))
         p = face_square(clip.frames[around(i, clip.length)], box_of(clip.path), net.size, rng.uniform(-0.06, 0.06, 2), rng.uniform(0.9, 1.15))
         p = recolour(rng, blurred(p, rng.uniform(0.4, 2)) if rng.random() < 0.3 else p)
         pictures.append(np.concatenate(list(p[:, :, ::-1] if rng.random() < 0.5 else p), -1))       # (96, 96, 9)
@@ -244,8 +245,8 @@ def identity_scale(net, clips, strangers):
     cosine, one = np.array(first) @ np.array(last + others).T, who[:, None] == whom
     apart = np.add.outer(range(len(clips)), -np.arange(len(whom))) != 0             # two clips, not two moments of one
     same, other = cosine[one & apart if len(set(who)) == 1 else one], cosine[~one]
-    out = {"people": len(set(whom)), "same": same.mean(), "other": other.mean() if len(other) else np.nan,
-           "blurred": (np.array(first) * soft).sum(1).mean(), "auc_same_above_other": auc(same, other) if len(other) else np.nan}
+    out = {"people": len(set(whom)), "same": same.mean(), "blurred": (np.array(first) * soft).sum(1).mean()}
+    out |= {"other": other.mean(), "auc_same_above_other": auc(same, other)} if len(other) else {}
     with warnings.catch_warnings(action="ignore"):                                  # few clips: the number is for scale only
         out |= {"frechet_real_real": frechet(sums["half a"], sums["half b"]), "frechet_blurred": frechet(sums["half a"], sums["blurred"])}
     return {k: round(float(v), 4) for k, v in out.items()}
@@ -264,7 +265,7 @@ def face_scale(net, clips, coded=()):
         chaos += list(read_faces(net, np.stack([not_a_face(np.random.default_rng([k, i]), f) for i, f in enumerate(frames[:9])]), box)[2])
         if curve is not None:
             rows.append({"mouth_correlation": correlation(gap, curve[:len(gap)], speech), "late_1": correlation(gap, curve[:len(gap)], speech, -1)})
-        if truth:
+        if len(truth) == 2:
             rows[-1]["gap_error"] = np.abs(gap - truth["gap"][:len(gap)]).mean()
             lids += [(truth["blink"][:len(gap)], lid, blinks(truth["blink"][:len(gap)]), blinks(lid))]
     out = {k: np.nanmean([r[k] for r in rows if k in r]) for k in {k for r in rows for k in r}}
@@ -278,7 +279,8 @@ def face_scale(net, clips, coded=()):
                 "blinks_recall": sum(x.any(1).sum() for x in near) / max(1, len(shut)),
                 "blinks_precision": sum(x.any(0).sum() for x in near) / max(1, len(found))}
     out |= {"faces_seen": np.mean(np.array(faces) > 0.5), "faces_seen_where_none_is": np.mean(np.array(chaos) > 0.5)}
-    return {k: round(float(v), 4) for k, v in sorted(out.items())} | {"against": "the sidecar's gap" if lids else "the rule from phones"}
+    out = {k: round(float(v), 4) for k, v in sorted(out.items()) if np.isfinite(v)}     # nan: nothing to say
+    return out | {"against": "the sidecar's gap" if lids else "the rule from phones"}
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
@@ -300,6 +302,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         one_per_folder(args, "cache")
+        names = names_of(args.data)
         parts = [[[replace(c, identity=sidecar_text(c.path, "identity", str(c.path.parent)))
                    for c in ClipFolder(folder, 128, part, args.cache[i] if args.cache else None).clips if c.length >= 20 and len(c.audio)]
                   for i, folder in enumerate(args.data)] for part in ("train", "val")]
@@ -322,8 +325,8 @@ def main(argv=None):
         through = lambda clips: coded_copies(clips, len(clips), vae, length) if cfg.coded else []
         scales = {"sync": sync_scale, "identity": lambda net, clips: identity_scale(net, clips, strangers(clips)),
                   "face": lambda net, clips: face_scale(net, clips, through(clips))}
-        scale = {Path(folder).resolve().name: {kind: scales[kind](net, clips) for kind, net in nets.items()}
-                 for folder, clips in zip(args.data, held) if len(clips) > 1}
+        scale = {name: {kind: scales[kind](net, clips) for kind, net in nets.items()}
+                 for name, clips in zip(names, held) if len(clips) > 1}
         report = {"training": {kind: training_of(out / f"{kind}.safetensors") for kind in nets}, "minutes": round((time.time() - begin) / 60, 1),
                   "threads": torch.get_num_threads(), "scale": scale}
         write_json(out / "proxies.json", report)

@@ -1,6 +1,6 @@
 """Trains the small VAE of vae.py on folders of clips and pictures, and measures it.
 
-    python vae.py --data PUPPETS GRID PORTRAITS --out weights/tiny          two cores: about 2 hours; runs/vae holds checkpoint, log and strip
+    python vae.py --data PUPPETS GRID PORTRAITS --out weights/tiny          two cores: about 2 hours; runs/vae holds checkpoint and strip
     python vae.py --init weights/tiny --steps 4000 --lr 8e-4 --data ...     from trained weights: longer, steadier
     python vae.py --init weights/tiny --decoder-only ...                    from trained weights, their latents left as they are
     python vae.py --init weights/narrow --widen 8 --out weights/moving ...  from trained weights, and channels for what moves within a latent
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import write_json, write_safetensors
-from chunks import one_per_folder, pixels
+from checkpoint import check_options, write_json, write_safetensors
+from chunks import names_of, one_per_folder, pixels
 from data import ClipFolder
 from linear import principal_components
 from muon import Muon
@@ -160,22 +160,22 @@ def training_batch(folders, frames, side, size, generator, lips=0.0):
 # ----------------------------------------------------------------------------------------------------------------- train
 
 
-def save_checkpoint(path, vae, ema, opt, rounds, step):
+def save_checkpoint(path, vae, ema, opt, rounds, step, **about):
     tensors = {f"{name}.{k}": v for name, part in (("model", vae.state_dict()), ("ema", ema), ("rounds", rounds.pool)) for k, v in part.items()}
     for i, state in opt.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-    write_safetensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"step": str(step)})
+    write_safetensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"step": str(step)} | about)
 
 
-def load_checkpoint(path, vae, ema, opt, rounds):
-    """-> the step to go on with. Everything else a step depends on is drawn from its number."""
+def load_checkpoint(path, vae, ema, opt, rounds, cfg, init):
+    """-> the step to go on with. Everything else a step depends on is drawn from its number. ValueError if other options made it."""
     with safe_open(path, "pt") as f:
+        check_options(path, f.metadata(), cfg, ("steps", "minutes", "compile"), init=init)
         tensors, step = {k: f.get_tensor(k) for k in f.keys()}, int(f.metadata()["step"])
     part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
     vae.load_state_dict(part("model."))
     ema.update(part("ema."))
-    rounds.pool = part("rounds.")
-    state = {}
+    rounds.pool, state = part("rounds."), {}
     for k, v in part("optimizer.").items():
         state.setdefault(int(k.split(".")[0]), {})[k.split(".")[1]] = v
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
@@ -236,13 +236,13 @@ def train(cfg, config, folders, out, resume, init=None):
         vae.encoder.compile(dynamic=False)
         vae.decoder.compile(dynamic=False)
     path = Path("runs/vae/checkpoint.safetensors")
-    start = load_checkpoint(path, vae, ema, opt, rounds) if resume and path.exists() else 0
-    last_save = clock = time.time()
-    seen = 0
+    about = {"config": json.dumps(asdict(cfg)), "init": str(init)}
+    start = load_checkpoint(path, vae, ema, opt, rounds, cfg, str(init)) if resume and path.exists() else 0
+    seen, last_save = 0, (clock := time.time())
     for step in range(start, cfg.steps + 1):
         # ------------------------------------------------------------------------------------------------ save
         if step == cfg.steps or time.time() - last_save > 60 * cfg.minutes:
-            save_checkpoint(path, vae, ema, opt, rounds, step)
+            save_checkpoint(path, vae, ema, opt, rounds, step, **about)
             strip(vae, ema, sum(folders, []), Path("runs/vae/strip.png"))
             last_save = time.time()
         if step == cfg.steps:
@@ -257,7 +257,7 @@ def train(cfg, config, folders, out, resume, init=None):
         with torch.autocast("cpu", torch.bfloat16):
             loss, parts, output = vae_loss(vae, inputs, video, cfg, generator, linear)
         if not torch.isfinite(loss):
-            raise SystemExit(f"loss is {loss.item()} at step {step}; the last good checkpoint is {path}")
+            raise ValueError(f"loss is {loss.item()} at step {step}; the last good checkpoint is {path}")
         opt.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -327,8 +327,7 @@ def strip(vae, ema, clips, path):
     for clip in clips[:: max(1, len(clips) // 8)][:8]:
         T = min(9, (len(clip.frames) - 1) // 4 * 4 + 1)
         video = pixels(clip.frames[:T])
-        both = torch.cat([video[0, :, -1], averaged.decode(averaged.encode(video))[0, :, -1]], 1)       # (3, 2H, W)
-        columns.append(both)
+        columns.append(torch.cat([video[0, :, -1], averaged.decode(averaged.encode(video))[0, :, -1]], 1))      # (3, 2H, W)
     image = ((torch.cat(columns, 2).permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
     Image.fromarray(image).save(path)
 
@@ -395,8 +394,7 @@ def evaluate(weights, folders, names, n):
         for clip in clips:
             length = min(73, (len(clip.frames) - 1) // 4 * 4 + 1)
             row, z = measure(vae, clip.frames[:length])
-            rows.append(row)
-            latents.append(z)
+            rows.append(row), latents.append(z)
         figures[name] = {"clips": len(rows)} | {k: round(float(np.mean([r[k] for r in rows])), 4) for k in (rows[0] if rows else {})}
     z = torch.cat(latents, 2)                                                   # (1, C, all the latent frames, h, w)
     figures |= {"latents_mean_worst": round(z.mean((0, 2, 3, 4)).abs().max().item(), 4),
@@ -426,6 +424,8 @@ def main(argv=None):
         one_per_folder(args, "cache")
         if not 0 <= args.lips <= 1:
             raise ValueError(f"--lips {args.lips} is a share, 0 to 1")
+        if min(args.steps, args.warmup) < 1 or args.decoder_only and not args.init:
+            raise ValueError("--steps and --warmup must be at least 1, and --decoder-only needs a trained VAE, --init")
         if args.widen and (not args.init or args.decoder_only or args.widen < 0 or args.widen & (args.widen - 1)):
             raise ValueError(f"--widen {args.widen}: 1, 2, 4, 8, ... channels more for the VAE of --init, and not with --decoder-only")
         folders = [ClipFolder(folder, 128, "val" if args.evaluate else "train", args.cache[i] if args.cache else None, need_audio=False).clips
@@ -433,7 +433,7 @@ def main(argv=None):
         if not any(folders):
             raise ValueError(f"no clips in {args.data}")
         if args.evaluate:
-            return evaluate(args.out, folders, [Path(d).resolve().name for d in args.data], args.clips)
+            return evaluate(args.out, folders, names_of(args.data), args.clips)
         cfg = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
         longest = max(stage[1] for stage in (POLISH if args.init else COURSE))
         if not any(len(c.frames) >= longest for f in folders for c in f):

@@ -367,7 +367,7 @@ def test_every_file_and_link_is_there():
 
 
 def test_figures_of_failures_are_the_logs():
-    """What is told from LOG.md is told with its own figures: none is rounded, improved or remembered wrongly."""
+    """What is told from LOG.md is told with its own figures: a number that is nowhere in it was rounded or remembered wrongly."""
     log = (ROOT / "LOG.md").read_text(encoding="utf-8")
     told = section("What did not work") + "".join(line for line in TEXT.splitlines(True) if "(LOG.md)" in line)
     for number in re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"`.*?`", "", told)):

@@ -20,8 +20,17 @@ EARS = Path(train_audio.__file__).parent / "weights" / "tiny" / "whisper"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def test_where_nothing_is_known_nothing_is_learnt():
+    """Silence that no table tells of has weight 0; a batch of it alone has no loss, and not the loss 0 / 0."""
+    guess = torch.zeros(1, 4, len(train_audio.PHONES) + 1, requires_grad=True)
+    loss, error = train_audio.loss_of(guess, torch.zeros(1, 4, len(train_audio.PHONES)), torch.rand(1, 4), torch.zeros(1, 4), 1.0)
+    loss.backward()
+    assert loss == error == 0 and not guess.grad.any()
+
+
 def test_viseme_classes_cover_every_phone_once():
     """Every phone belongs to one mouth shape."""
+    assert set(train_audio.PHONES) == set(puppet.PHONES)
     assert len(train_audio.PHONES) == len(set(train_audio.PHONES)) == 41 and train_audio.PHONES[0] == "sil"
     assert train_audio.VISEME_OF[train_audio.PHONES.index("m")] == train_audio.VISEME_OF[train_audio.PHONES.index("b")]
     assert train_audio.VISEME_OF[train_audio.PHONES.index("f")] != train_audio.VISEME_OF[train_audio.PHONES.index("b")]

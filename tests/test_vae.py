@@ -1,10 +1,12 @@
 """Laws of the causal VAE, each with the sentence it teaches."""
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import train_vae as T
 from linear import blocks, principal_components, within
@@ -175,6 +177,7 @@ def test_training_learns_and_a_killed_run_goes_on_bitwise(tmp_path, monkeypatch,
     cfg = T.TrainConfig(steps=8, warmup=2)
     T.train(cfg, config, [moving_clips()], tmp_path / "a", resume=False)
     first = load_file("runs/vae/checkpoint.safetensors")
+    Path("runs/vae/checkpoint.safetensors").unlink()
     real = T.vae_loss
 
     def killed(*args, calls=[]):                         # noqa: B006 - the list is the counter
@@ -186,6 +189,10 @@ def test_training_learns_and_a_killed_run_goes_on_bitwise(tmp_path, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         T.train(replace(cfg, minutes=0), config, [moving_clips()], tmp_path / "b", resume=False)
     monkeypatch.setattr(T, "vae_loss", real)
+    with pytest.raises(ValueError, match="lips 0.0 -> 0.5"):
+        T.train(replace(cfg, lips=0.5), config, [moving_clips()], tmp_path / "b", resume=True)
+    with safe_open("runs/vae/checkpoint.safetensors", "pt") as file:
+        assert 0 < int(file.metadata()["step"]) < 7
     T.train(cfg, config, [moving_clips()], tmp_path / "b", resume=True)
     second = load_file("runs/vae/checkpoint.safetensors")
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
@@ -349,8 +356,10 @@ def test_a_wider_vae_begins_as_the_old_one(small, clip):
 
 
 @pytest.mark.parametrize("options", [["--widen", "8"], ["--init", "x", "--widen", "6"], ["--init", "x", "--widen", "-8"],
-                                     ["--init", "x", "--widen", "8", "--decoder-only"], ["--lips", "1.5"]])
+                                     ["--init", "x", "--widen", "8", "--decoder-only"], ["--lips", "1.5"], ["--warmup", "0"],
+                                     ["--seed", "1", "--decoder-only"]])
 def test_options_that_make_no_sense_end_in_a_line(options, capsys):
+    """What cannot be meant is told in one line that names the option, before anything is read."""
     with pytest.raises(SystemExit) as stop:
         T.main(["--data", "nowhere", *options])
-    assert stop.value.code == 2 and options[-2 if options[-1] != "--decoder-only" else 2] in capsys.readouterr().err
+    assert stop.value.code == 2 and next(o for o in ("--widen", "--lips", "--warmup", "--decoder-only") if o in options) in capsys.readouterr().err
