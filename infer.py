@@ -190,7 +190,7 @@ def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handove
     if steps < 1 or not 0 <= seed < 2**63 or not 0 <= guidance_focus < np.inf or not 0 <= liveliness < np.inf:
         raise ValueError("steps must be at least 1, the seed in [0, 2^63), guidance_focus and liveliness 0 or more")
     clock = Stopwatch() if clock is None else clock                             # (an empty dict is false)
-    image = image.to(device := models.audio.device)
+    image = image.to(device := models.vae.stats.device)
     generator = torch.Generator().manual_seed(seed)                             # on the CPU: the same noise on every machine
     total, start = -(-len(audio) // HOP), 0                                     # ceil; first frame of this chunk
     with clock("identity"):
