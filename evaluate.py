@@ -34,12 +34,12 @@ import metrics
 import proxies
 import train_proxies
 from checkpoint import write_json
+from chunks import pixels
 from data import FPS, HOP, PICTURES, VIDEOS, media_files, read_audio, read_video, sidecar_text, split_of, square_crop
 from metrics import box_of
 from report import METRICS, SHEET, WINDOWS, commit, contact_sheet, markdown, nanmean, plot, summarise, write, write_csv
 from vae import load_vae
 
-syncnet_scorer = metrics.syncnet_scorer                                         # data.py's --syncnet asks this file for it
 PIECE = 125                                                                     # frames measured at a time, 5 s
 KINDS = ("fid", "fvd", "syncnet", "identity")
 
@@ -188,12 +188,12 @@ def measure_video(bench, system, item):
         reference = next(squares(item.reference or item.real or item.video, args.size))[None]
         there = box_of(item.reference) if item.reference else box               # where the face is in the reference
         who, tint = bench.identity(reference, there)[0], metrics.colour(reference, there)
-        rows, gaps, lids, before, start, overlap = [], [], [], None, 0, 0 if item.how == "vae" else args.continuity_frames  # its chunks abut
+        rows, gaps, lids, before, start = [], [], [], None, 0
         for k, frames in enumerate(pieces(bench.frames(item))):
             voice = sound[start * HOP:(start + len(frames)) * HOP]
             windows = [t for t in WINDOWS if t * FPS == (k + 1) * PIECE and len(frames) >= PIECE]
             row, lips = sync_row(bench, frames, voice, box)
-            row |= metrics.picture_row(frames, before, start, box, tint, bench.chunk, overlap)
+            row |= metrics.picture_row(frames, before, start, box, tint, bench.chunk, 0 if item.how == "vae" else args.continuity_frames)
             seen, features = bench.identity(frames[::args.every], box)
             row |= {key: float((vectors @ who[key][0]).mean()) for key, vectors in seen.items()}
             for metric, x in (("proxy_frechet", features), ("proxy_frechet_lips", lips)):
@@ -250,11 +250,10 @@ def long_take(paths, first, seconds, bench):
 
 def make_video(models, folder, name, picture, sound, steps, args):
     """-> {"fps", "latency"}; writes folder/name.mp4."""
-    image = (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1).to(models.audio.device)
     begin, first, n = time.perf_counter(), None, 0
     writer, keep = infer.Mp4Writer(folder / f"{name}.mp4", models.size, sound), False
     try:
-        for frames in infer.generate(models, image, sound, steps, args.seed, args.continuity_frames, guidance=args.guidance,
+        for frames in infer.generate(models, pixels(picture[None])[:, :, 0], sound, steps, args.seed, args.continuity_frames, guidance=args.guidance,
                                      guidance_focus=args.guidance_focus, liveliness=args.liveliness):
             first = first or time.perf_counter() - begin
             writer.write(frames)

@@ -315,7 +315,7 @@ def run(args):
     if out.exists() and any(out.samefile(p) for p in (args.audio, args.image) if Path(p).exists()):
         raise ValueError(f"{out} is one of the inputs: choose another --out")
     models = load(args.weights, args.network, args.device, args.dtype)
-    image = load_image(args.image, models.size).to(models.audio.device)
+    image = load_image(args.image, models.size)
     if not models.trained:
         print(f"note: the {models.network} in {args.weights} is untrained: expect coloured fog, not a face", file=sys.stderr)
     if args.compile:

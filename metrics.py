@@ -13,11 +13,9 @@ A box is where the face is, x0 y0 x1 y1 from brow to chin, in fractions of the s
 import hashlib
 import pickle
 import warnings
-import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from zipfile import BadZipFile
 
 import av
 import numpy as np
@@ -26,6 +24,7 @@ import torch.nn as nn
 from PIL import Image
 
 from data import FACE_BOX, FORMATS, HOP, RATE
+from puppet import BROKEN
 
 KNOWN = {                   # sha256 of the official files
     "syncnet": "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442",      # syncnet_v2.model
@@ -49,7 +48,7 @@ def box_of(path):
             with av.open(str(path)) as container:
                 size = container.streams.video[0].width, container.streams.video[0].height
         return tuple(box / size[0]) if size[0] == size[1] and box.shape == (4,) else FACE_BOX
-    except (OSError, EOFError, KeyError, IndexError, ValueError, BadZipFile, zlib.error, av.FFmpegError):
+    except (OSError, IndexError, *BROKEN, av.FFmpegError):
         return FACE_BOX
 
 

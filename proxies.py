@@ -15,10 +15,8 @@ knows the same faces and tricks: it finds faults, it does not replace the offici
 """
 import csv
 import json
-import zlib
 from functools import lru_cache
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -32,7 +30,7 @@ from chunks import pixels
 from data import FPS, HOP
 from infer import to_uint8
 from metrics import SyncNet, SyncNetConfig, correlation, face_square
-from puppet import GAP, PHONES
+from puppet import BROKEN, GAP, PHONES
 
 CLOSED = 0.03                   # eye distances: lips closer than this are shut
 
@@ -136,7 +134,7 @@ def read_identity(net, frames, box):
 
 
 def vae_frames(vae, frames, length):
-    """Frames encoded and decoded in chunks of `length`: what no generator that writes latents of this VAE can beat."""
+    """Frames encoded and decoded in chunks of `length`, side by side: what no generator that writes latents of this VAE can beat."""
     def reconstruct(chunk):
         full = chunk + chunk[-1:] * (-(len(chunk) - 1) % 4)                     # 4k + 1 of them
         with torch.no_grad():
@@ -212,7 +210,7 @@ def true_curves(path):
     try:
         with np.load(Path(path).with_suffix(".npz"), allow_pickle=False) as npz:
             return {k: np.float64(npz[k]) for k in ("gap", "blink") if k in npz}
-    except (OSError, EOFError, ValueError, BadZipFile, zlib.error):
+    except (OSError, *BROKEN):
         return {}
 
 

@@ -209,7 +209,8 @@ def load_checkpoint(path, nets, optimizer, cfg, data):
 
 def loss_of(guess, target, opening, weight, lips):
     """guess (B, T, phones + 1): logits and opening; -> cross entropy of the phones + lips x squared error of the opening, over its variance."""
-    entropy = -(target * guess[..., :-1].float().log_softmax(-1) * weight[..., None]).sum() / (known := weight.sum().clamp(min=1e-6))
+    known = weight.sum().clamp(min=1e-6)                                    # 0: nothing is known of these sounds, and nothing is to be learnt
+    entropy = -(target * guess[..., :-1].float().log_softmax(-1) * weight[..., None]).sum() / known
     error = ((guess[..., -1].float() - opening).square() * weight).sum() / (opening.var() + 1e-3) / known
     return entropy + lips * error, error
 

@@ -160,17 +160,18 @@ def training_batch(folders, frames, side, size, generator, lips=0.0):
 # ----------------------------------------------------------------------------------------------------------------- train
 
 
-def save_checkpoint(path, vae, ema, opt, rounds, step, **about):
+def save_checkpoint(path, vae, ema, opt, rounds, step, cfg, init):
     tensors = {f"{name}.{k}": v for name, part in (("model", vae.state_dict()), ("ema", ema), ("rounds", rounds.pool)) for k, v in part.items()}
     for i, state in opt.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-    write_safetensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"step": str(step)} | about)
+    about = {"step": str(step), "config": json.dumps(asdict(cfg)), "init": str(init)}
+    write_safetensors(path, {k: v.contiguous() for k, v in tensors.items()}, about)
 
 
 def load_checkpoint(path, vae, ema, opt, rounds, cfg, init):
     """-> the step to go on with. Everything else a step depends on is drawn from its number. ValueError if other options made it."""
     with safe_open(path, "pt") as f:
-        check_options(path, f.metadata(), cfg, ("steps", "minutes", "compile"), init=init)
+        check_options(path, f.metadata(), cfg, ("steps", "minutes", "compile"), init=str(init))
         tensors, step = {k: f.get_tensor(k) for k in f.keys()}, int(f.metadata()["step"])
     part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
     vae.load_state_dict(part("model."))
@@ -236,13 +237,12 @@ def train(cfg, config, folders, out, resume, init=None):
         vae.encoder.compile(dynamic=False)
         vae.decoder.compile(dynamic=False)
     path = Path("runs/vae/checkpoint.safetensors")
-    about = {"config": json.dumps(asdict(cfg)), "init": str(init)}
-    start = load_checkpoint(path, vae, ema, opt, rounds, cfg, str(init)) if resume and path.exists() else 0
+    start = load_checkpoint(path, vae, ema, opt, rounds, cfg, init) if resume and path.exists() else 0
     seen, last_save = 0, (clock := time.time())
     for step in range(start, cfg.steps + 1):
         # ------------------------------------------------------------------------------------------------ save
         if step == cfg.steps or time.time() - last_save > 60 * cfg.minutes:
-            save_checkpoint(path, vae, ema, opt, rounds, step, **about)
+            save_checkpoint(path, vae, ema, opt, rounds, step, cfg, init)
             strip(vae, ema, sum(folders, []), Path("runs/vae/strip.png"))
             last_save = time.time()
         if step == cfg.steps:

@@ -186,7 +186,7 @@ def test_the_loss_moves_the_student_along_equation_8(starts):
     v.grad, narrow = None, replace(cfg, lambda_reg=0.0, guidance_focus=4.0, liveliness=1.5)
     ds.student_loss(lambda *a: v, critic, teacher, batch, narrow)[0].sum().backward()
     assert torch.allclose(v.grad / -batch["exit_sigma"].view(-1, 1, 1, 1, 1), p * g / count, rtol=1e-3, atol=1e-6)
-    assert (p * (real - (2 * cond - deaf))).abs().max() > 0.1                         # another gradient than that of before
+    assert (p * (real - (2 * cond - deaf))).abs().max() > 0.1                   # another gradient than that of before
     late = ds.student_loss(state.nets["student"], critic, teacher, batch, replace(cfg, anchor_from=2))[1]
     assert not late["anchor"][:2].any() and late["anchor"][2:].all()
     assert not late["pull"][:2].any() and late["pull"][2:].all() and parts["pull"].all()            # the log counts what acts
