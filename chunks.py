@@ -42,6 +42,14 @@ class Chunk:
     def array(self, what):
         return np.load(self.store / f"{what}.npy", mmap_mode="r")
 
+    def blinks(self, m):
+        """Whether eyes are shut in a frame after its m continuity latents, as "blink" (N,) in the clip's NAME.npz says; False if it says nothing."""
+        try:
+            with open(self.clip.path.with_suffix(".npz"), "rb") as file, np.load(file, allow_pickle=False) as npz:
+                return bool((npz["blink"][self.start + 4 * m - 3:self.start + self.length] > 0.7).any())
+        except (FileNotFoundError, KeyError):
+            return False
+
 
 def chunk_starts(length, T, step, offsets):
     """First frames of the chunks of a clip: every `step` frames, and the same again from later frames on."""
@@ -153,17 +161,19 @@ def worn(kappa, wear, rounds, noise, cells=4):
 
 
 class Pools:
-    """Chunks by length: a batch has one length. `shares`: how often each folder (a list of chunks) is drawn, whatever its size.
+    """Chunks by length: a batch has one length. `shares`: how often each folder (a list of chunks) is drawn, whatever its size; `often`, Chunk ->
+    float > 0: how often one is drawn beside others of its folder.
 
     wear: what kappa loses in a round of the codec, see wear_of; needed if cfg.worn > 0, and then part of the checkpoint. codec: LinearCodec, if a
     chunk is fresh, and then part of it as well."""
 
-    def __init__(self, folders, shares, wear=None, codec=None):
+    def __init__(self, folders, shares, wear=None, codec=None, often=lambda chunk: 1.0):
         self.by_length, self.data, self.wear, self.codec = {}, digest(folders, shares), wear, codec
         self.size = sum(folders, [])[0].clip.mask.shape[1] // 2                 # latents of a side; a mask is (N, H/4, W/4)
         for chunks, share in zip(folders, shares, strict=True):
-            for chunk in chunks:
-                self.by_length.setdefault(chunk.length, []).append((chunk, share / len(chunks)))
+            times = np.array([often(chunk) for chunk in chunks])
+            for chunk, chance in zip(chunks, share * times / times.sum(), strict=True):
+                self.by_length.setdefault(chunk.length, []).append((chunk, chance))
         total = np.array([sum(w for _, w in pool) for pool in self.by_length.values()])
         self.lengths, self.chance = list(self.by_length), total / total.sum()
         self.weights = {T: np.array([w for _, w in pool]) / sum(w for _, w in pool) for T, pool in self.by_length.items()}
@@ -200,12 +210,15 @@ def part_of(mask, top, bottom, left, right):
 MOUTH, EYES = (0.62, 0.95, 0.25, 0.75), (0.2, 0.5, 0.1, 0.9)                    # of a face: top, bottom, left, right
 
 
-def place_window(mouth, side, rng):
-    """Where a window of side x side latents lies -> (y, x), even, as a token has 2 x 2. Three of four hold the middle of the mouth (F, h, w)."""
+def place_window(mouth, eyes, side, rng):
+    """Where a window of side x side latents lies -> (y, x), even, as a token has 2 x 2. Half of them hold the middle of the mouth (F, h, w), two of
+    five that of the eyes."""
     free = np.array(mouth.shape[1:]) - side
     y, x = rng.integers(free // 2 + 1) * 2
-    if rng.random() < 0.75 and mouth.any():
-        middle = mouth.nonzero()[:, 1:].double().mean(0).numpy() + 0.5
+    luck = rng.random()
+    part = mouth if luck < 0.5 else eyes
+    if luck < 0.9 and part.any():
+        middle = part.nonzero()[:, 1:].double().mean(0).numpy() + 0.5
         y, x = np.clip((middle - side / 2 + rng.uniform(-3, 3, 2) * side / 8) / 2, 0, free // 2).round().astype(int) * 2
     return int(y), int(x)
 
@@ -231,8 +244,9 @@ def load_row(chunk, cfg, rng, cold, deaf, sigma, codec=None, side=0):
     h, w = (n // 2 for n in mask.shape[2:])
     mask = nnf.adaptive_avg_pool3d(torch.cat([mask[:, :1].expand(-1, 3, -1, -1), mask], 1), (F, h, w))[0]     # latent 0 holds one frame, others four
     mouth, eyes = part_of(mask, *MOUTH), part_of(mask, *EYES)
-    (y, x), side = (place_window(mouth, side, rng), side) if side else ((0, 0), h)
+    (y, x), side = (place_window(mouth, eyes, side, rng), side) if side else ((0, 0), h)
     window = (slice(y, y + side), slice(x, x + side))
+    mask, mouth, eyes = (seen[:, *window] for seen in (mask, mouth, eyes))
     if chunk.fresh:
         cut = lambda part: pixels(chunk.clip.frames.cut(part, y / h, x / w, side / h))
         latents, identity = codec.encode(cut(part)), codec.still(cut(slice(pictures[picture], pictures[picture] + 1)), F)
@@ -240,11 +254,13 @@ def load_row(chunk, cfg, rng, cold, deaf, sigma, codec=None, side=0):
         latents, identity = (torch.from_numpy(chunk.array(what)[at].astype(np.float32))[:, :, *window]
                              for what, at in (("latents", row), ("identity", picture)))
     audio = torch.from_numpy(chunk.array("audio")[row].astype(np.float32))
-    weight = 1 + cfg.focus * mask + cfg.lips * mouth + cfg.eyes * eyes
+    moved = (latents - latents.median(1, keepdim=True).values).square().mean(0)                       # (F, h, w)
+    moved = (moved * eyes).sum((1, 2), keepdim=True) / eyes.sum((1, 2), keepdim=True).clamp(min=1)    # (F, 1, 1): 0.2 at rest, 1 in a blink
+    weight = 1 + cfg.focus * mask + cfg.lips * mouth + (cfg.eyes + cfg.lids * moved) * eyes
     return {"latents": latents, "identity": identity_of(identity, cfg), "kappa": latents[:, :cfg.head],
             "audio": audio * 0 if deaf else audio, "sigma": torch.tensor(sigma, dtype=torch.float32),
             "noise": torch.from_numpy(rng.standard_normal(latents.shape, np.float32)),
-            "predicted": (torch.arange(F) >= (1 if cold else cfg.head)).float(), "weight": weight[:, *window],
+            "predicted": (torch.arange(F) >= (1 if cold else cfg.head)).float(), "weight": weight,
             "window": torch.tensor(int(rng.integers(cfg.head, max(cfg.head, F - cfg.window) + 1))), "chunk": chunk}
 
 

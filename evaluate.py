@@ -248,12 +248,12 @@ def long_take(paths, first, seconds, bench):
             sum(phones, []) if all(phones) else None)
 
 
-def make_video(models, folder, name, picture, sound, steps, args):
+def make_video(models, folder, name, picture, sound, steps, seed, args):
     """-> {"fps", "latency"}; writes folder/name.mp4."""
     begin, first, n = time.perf_counter(), None, 0
     writer, keep = infer.Mp4Writer(folder / f"{name}.mp4", models.size, sound), False
     try:
-        for frames in infer.generate(models, pixels(picture[None])[:, :, 0], sound, steps, args.seed, args.continuity_frames, guidance=args.guidance,
+        for frames in infer.generate(models, pixels(picture[None])[:, :, 0], sound, steps, seed, args.continuity_frames, guidance=args.guidance,
                                      guidance_focus=args.guidance_focus, liveliness=args.liveliness):
             first = first or time.perf_counter() - begin
             writer.write(frames)
@@ -280,18 +280,18 @@ def generate(args, paths, bench):
         steps, jobs = args.teacher_steps if network == "teacher" else args.student_steps, []
         for k, path in enumerate(paths):
             sound = sound_of(path, n := probe(path)[0])[:round(n * FPS) * HOP]
-            # half the list away, for neighbours by name may say much the same: GRID's names spell their sentences (LOG.md)
+            # half the list away: neighbours by name may say the same, GRID's spell their sentences. + k: of one noise all would turn and blink alike
             other = np.resize(sound_of(p := paths[(k + len(paths) // 2) % len(paths)], probe(p)[0]), len(sound))
             controls = {f"{network}-other-sound": other, f"{network}-silence": sound * 0} if args.controls else {}
-            jobs += [(system, path, path.stem, heard, None) for system, heard in ({network: sound} | controls).items()]
+            jobs += [(system, path, path.stem, args.seed + k, heard, None) for system, heard in ({network: sound} | controls).items()]
         for k in range(args.long_videos if args.long else 0):
             sound, gap, phones = long_take(paths, k, args.long, bench)
-            jobs.append((f"{network}-long", paths[k % len(paths)], f"long_{k}", sound, {"gap": gap, "phones": phones}))
+            jobs.append((f"{network}-long", paths[k % len(paths)], f"long_{k}", args.seed + k, sound, {"gap": gap, "phones": phones}))
         timing = {}
-        for system, path, name, sound, truth in tqdm(jobs, f"generating, {network}", unit="video", disable=None):
+        for system, path, name, seed, sound, truth in tqdm(jobs, f"generating, {network}", unit="video", disable=None):
             folder = args.out / "videos" / system
             folder.mkdir(parents=True, exist_ok=True)
-            timing.setdefault(folder, {})[name] = make_video(models, folder, name, next(squares(path, models.size)), sound, steps, args)
+            timing.setdefault(folder, {})[name] = make_video(models, folder, name, next(squares(path, models.size)), sound, steps, seed, args)
             if truth:                                                           # the truth of a long video lies beside it
                 curves = {} if truth["gap"] is None else {"gap": truth["gap"]}
                 np.savez(folder / f"{name}.npz", box=np.array(box_of(path)) * models.size, **curves)
@@ -397,7 +397,7 @@ def build_parser():
     files = ("inception-2015-12-05.pt (TorchScript)", "i3d_torchscript.pt", "syncnet_v2.model", "ArcFace as .onnx or TorchScript")
     for kind, what in zip(KINDS, files):
         p.add_argument(f"--{kind}-weights", type=Path, metavar="FILE", help=f"official weights: {what}")
-    p.add_argument("--seed", type=int, default=0, help="of the generation (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="of the first clip's noise, the next one has the next (default 0)")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if there is one")
     return p
 

@@ -2,7 +2,7 @@
 
     python train_teacher.py --data CLIPS [CLIPS ...]               runs/teacher (checkpoint, log, strip.png) -> weights/tiny/teacher.safetensors
     python train_teacher.py --data CLIPS --preset debug            one chunk by heart, two minutes on two cores: does everything still learn?
-    python train_teacher.py --data CLIPS --fresh 1 --window-side 8 faces are never seen twice alike, mouths four times as often: the small VAE only
+    python train_teacher.py --data CLIPS --fresh 1 --window-side 8 faces are never seen twice alike, mouths and eyes more often: the small VAE only
     python train_teacher.py --data CLIPS --resume                  goes on where a killed run was last saved, bit for bit
     python train_teacher.py --plot                                 runs/teacher/log.jsonl -> runs/teacher/loss.png
     torchrun --nproc_per_node=8 train_teacher.py --preset wan-1.3b --weights DIR --init wan.safetensors --data CLIPS      (FSDP)
@@ -73,6 +73,8 @@ class TeacherConfig:
     deaf: float = 0.1               # share of rows whose audio is zeroed: what guidance compares with
     focus: float = 3.0              # extra weight of face latents in Eq. 2: a cheap stand-in for Eq. 17, ours; 0 = the paper
     eyes: float = 0.0               # extra weight of the latents around the eyes; ours; 0 = the paper
+    lids: float = 0.0               # and of these, times how far they are from where they mostly are; 20 makes a blink count; ours; 0 = the paper
+    blinks: float = 1.0             # how often, beside others, a chunk is drawn in which eyes shut (NAME.npz has "blink"); ours; 1 = the paper
     lips: float = 30.0              # extra weight of mouth latents: 5 in 100 latents, with all that the sound decides; ours; 0 = the paper
     temporal: float = 0.1           # lambda of Eq. 16 (paper: lost)
     face: float = 0.1               # lambda of Eq. 17 (paper: lost)
@@ -105,7 +107,7 @@ PRESETS = {"tiny": TeacherConfig(skip=0.15),
                                      checkpointing=True, every=500, minutes=30.0)}
 NETWORKS = dit.PRESETS | {"debug": DiTConfig(dim=192, ffn_dim=384, heads=4, layers=3, audio_tokens=4, audio_hidden=64)}
 CHOICES = {"network": tuple(NETWORKS), "optimizer": ("muon", "adamw"), "identity": tuple(IDENTITY)}
-FREE = ("steps", "latents", "ema", "lips", "eyes", "minutes", "every", "val", "micro", "checkpointing", "compile")      # may change in --resume
+FREE = ("steps", "latents", "ema", "lips", "eyes", "lids", "minutes", "every", "val", "micro", "checkpointing", "compile")       # in --resume
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)    # noise levels of the validation loss
 
 # ------------------------------------------------------------------------------------------------------------- equations
@@ -203,7 +205,7 @@ def export(out, config, ema, cfg, before=0):
 @torch.no_grad()
 def validate(model, chunks, cfg, device):
     """Eq. 2 of fixed chunks with fixed noise at fixed noise levels -> {sigma: loss}. Only these curves can be compared between steps."""
-    sums, plain = dict.fromkeys(BINS, 0.0), replace(cfg, focus=0.0, lips=0.0, eyes=0.0)
+    sums, plain = dict.fromkeys(BINS, 0.0), replace(cfg, focus=0.0, lips=0.0, eyes=0.0, lids=0.0)
     for i, chunk in enumerate(chunks):
         for sigma in BINS:
             row = load_row(chunk, plain, np.random.default_rng((1, i)), False, False, sigma)
@@ -323,8 +325,9 @@ def check(cfg, args, world):
     at_least_one = ("warmup", "head", "pixel_every", "window", "context", "offsets", "references", "every", "val", "whole")
     if wrong := [f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in at_least_one if getattr(cfg, name) < 1]:
         raise ValueError(f"{', '.join(wrong)} must be at least 1")
-    if not 0 < cfg.decay <= 1 or min(cfg.worn, cfg.skip) < 0:
-        raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most; --worn {cfg.worn} and --skip {cfg.skip} 0 or more")
+    if not 0 < cfg.decay <= 1 or min(cfg.worn, cfg.skip) < 0 or cfg.blinks <= 0:
+        raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most, --blinks {cfg.blinks} over 0; "
+                         f"--worn {cfg.worn} and --skip {cfg.skip} 0 or more")
     if cfg.window_side < 0 or cfg.window_side % 2:
         raise ValueError(f"--window-side {cfg.window_side} must be even, 0 or more: a token has 2 x 2 latents")
     one_per_folder(args, "share", "cache", "fresh")
@@ -387,9 +390,10 @@ def prepare(args, cfg, device, rank, world):
                            for some, new in ((clips, anew), (held_out, False)))
         folders.append(clips[:cfg.chunks or None])
         val += [chunk for chunk in held_out if chunk.row == 0]
+    often = lambda chunk: cfg.blinks if cfg.blinks != 1 and chunk.blinks(cfg.head) else 1.0
     some = sum(folders, [])
     wear = wear_of(vae, some[::-(-len(some) // 8)], cfg.head, device, codec) if cfg.worn else None
-    return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders), wear, codec), val
+    return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders), wear, codec, often), val
 
 
 def made_by(path):

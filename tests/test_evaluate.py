@@ -26,11 +26,11 @@ SIDE = 64
 def test_films_are_guided_as_asked(tmp_path, monkeypatch):
     """What evaluate.py is told of guidance reaches infer.py."""
     seen = {}
-    monkeypatch.setattr(infer, "generate", lambda *given, **options: seen.update(options) or iter([np.zeros((3, SIDE, SIDE, 3), np.uint8)]))
-    args = SimpleNamespace(seed=0, continuity_frames=9, guidance=2.0, guidance_focus=7.0, liveliness=3.0)
+    monkeypatch.setattr(infer, "generate", lambda *given, **told: seen.update(told, seed=given[4]) or iter([np.zeros((3, SIDE, SIDE, 3), np.uint8)]))
+    args = SimpleNamespace(continuity_frames=9, guidance=2.0, guidance_focus=7.0, liveliness=3.0)
     models = SimpleNamespace(audio=SimpleNamespace(device="cpu"), size=SIDE)
-    E.make_video(models, tmp_path, "film", np.zeros((SIDE, SIDE, 3), np.uint8), torch.zeros(3 * HOP), 4, args)
-    assert seen == {"guidance": 2.0, "guidance_focus": 7.0, "liveliness": 3.0}
+    E.make_video(models, tmp_path, "film", np.zeros((SIDE, SIDE, 3), np.uint8), torch.zeros(3 * HOP), 4, 5, args)
+    assert seen == {"guidance": 2.0, "guidance_focus": 7.0, "liveliness": 3.0, "seed": 5}
 
 
 def talker(path, seed, frames=80, tint=0.0, labels=True):
@@ -214,17 +214,20 @@ def test_generating_first(shelf, tmp_path, monkeypatch):
 
 
 def test_the_other_sound_is_half_a_list_away(monkeypatch, tmp_path):
-    """Names sort alike sentences together (GRID: bbaf2n, bbaf3s, "bin blue at F ..."); whoever says nearly the same is no control."""
-    paths, said = [tmp_path / f"{k}.mp4" for k in range(5)], {}
+    """Names sort alike sentences together (GRID: bbaf2n, bbaf3s, "bin blue at F ..."); whoever says nearly the same is no control. Every face has
+    noise of its own, and keeps it in the controls."""
+    paths, said, seeds = [tmp_path / f"{k}.mp4" for k in range(5)], {}, {}
     monkeypatch.setattr(infer, "load", lambda *_: SimpleNamespace(trained=True, size=32))
     monkeypatch.setattr(E, "probe", lambda path: (1.0, 1.0, []))
     monkeypatch.setattr(E, "sound_of", lambda path, seconds: np.full(25 * HOP, int(path.stem), np.float32))
     monkeypatch.setattr(E, "squares", lambda path, size: iter([np.zeros((32, 32, 3), np.uint8)]))
-    monkeypatch.setattr(E, "make_video", lambda models, folder, name, picture, sound, *_: said.update({(folder.name, int(name)): sound[0]}) or {})
-    args = SimpleNamespace(networks=["student"], weights=None, device="cpu", student_steps=4, controls=True, long=0, out=tmp_path)
+    monkeypatch.setattr(E, "make_video", lambda models, folder, name, picture, sound, steps, seed, args:
+                        said.update({(folder.name, int(name)): sound[0]}) or seeds.update({(folder.name, int(name)): seed}) or {})
+    args = SimpleNamespace(seed=3, networks=["student"], weights=None, device="cpu", student_steps=4, controls=True, long=0, out=tmp_path)
     E.generate(args, paths, SimpleNamespace(notes=[]))
     assert [said["student", k] for k in range(5)] == [0, 1, 2, 3, 4]
     assert [said["student-other-sound", k] for k in range(5)] == [2, 3, 4, 0, 1] and not any(said["student-silence", k] for k in range(5))
+    assert all(seed == 3 + k for (_, k), seed in seeds.items())
 
 
 def test_proxies_are_trained_by_one_command(shelf, tmp_path, capsys):

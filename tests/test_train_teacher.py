@@ -225,17 +225,47 @@ def test_a_fresh_chunk_is_another_cut_at_every_draw(clips, vae, tmp_path):
 
 
 def test_windows_look_at_the_mouth():
-    """Law: mouth and eyes are where a face has them, and nowhere without one; three windows of four hold the middle of the mouth."""
+    """Law: mouth and eyes are where a face has them, and nowhere without one; half of the windows go for the mouth, two of five for the eyes."""
     face = torch.zeros(2, 16, 16)
     face[:, 3:15, 4:12] = 1                                                     # rows 3-14, columns 4-11
     mouth, eyes, rng = part_of(face, *MOUTH), part_of(face, *EYES), np.random.default_rng(0)
     rows = lambda part: [sorted(set(part.nonzero()[:, axis].tolist())) for axis in (1, 2)]
     assert rows(mouth) == [[10, 11, 12, 13], [6, 7, 8, 9]] and rows(eyes) == [[5, 6, 7, 8], [5, 6, 7, 8, 9, 10]]
     assert not part_of(0 * face, *MOUTH).any()
-    places = [place_window(mouth, 8, rng) for _ in range(400)]
+    places = [place_window(mouth, eyes, 8, rng) for _ in range(400)]
     assert all(y % 2 == x % 2 == 0 and 0 <= y <= 8 and 0 <= x <= 8 for y, x in places)
-    assert 0.7 < np.mean([y <= 11 < y + 8 and x <= 7 < x + 8 for y, x in places]) < 0.97
-    assert len({place_window(0 * mouth, 8, rng) for _ in range(400)}) == 25     # no mouth: anywhere
+    holds = lambda row, *parts: np.mean([y <= row < y + 8 and x <= 7 < x + 8 for y, x in (place_window(*parts, 8, rng) for _ in range(400))])
+    none = 0 * mouth                                                            # row 12 is the mouth's, 4 just above the eyes
+    assert holds(12, mouth, none) > holds(12, none, none) + 0.15 and holds(4, none, eyes) > holds(4, none, none) + 0.05
+    assert len({place_window(0 * mouth, 0 * eyes, 8, rng) for _ in range(400)}) == 25              # no face: anywhere
+
+
+def test_who_blinks_is_drawn_more_often(clips, chunks):
+    """Law: a folder's share stays; in it, chunks in which eyes shut are drawn --blinks times as often. Without a word on blinks, nobody does."""
+    folders = [[c for c in chunks if c.length == T] for T in (33, 29)]
+    assert not any(c.blinks(2) for c in chunks)
+    sidecar, first = clips[0].path.with_suffix(".npz"), folders[0][0]
+    np.savez(sidecar, blink=np.arange(first.clip.length) == first.start + 4)
+    try:
+        assert not first.blinks(2) and first.blinks(1)                          # of m latents it is handed 4 m - 3 frames
+        pools = Pools(folders, [3.0, 1.0], often=lambda chunk: 4.0 if chunk.blinks(1) else 1.0)
+        shut = np.array([chunk.blinks(1) for chunk in folders[0]])
+    finally:
+        sidecar.unlink()
+    assert pools.lengths == [33, 29] and np.allclose(pools.chance, [0.75, 0.25])
+    assert 0 < shut.sum() < len(shut) and np.allclose(pools.weights[33] * (4 * shut.sum() + (~shut).sum()), np.where(shut, 4, 1))
+
+
+def test_eyes_count_when_they_move(chunks):
+    """Law: --lids adds to the weight of eyes as far as they are from where they mostly are, and to nothing else; what is still gains nothing."""
+    row = lambda **options: load_row(chunks[0], replace(CFG, lips=0.0, **options), np.random.default_rng(0), False, False, 0.5)
+    plain, eyes, lids = row(), row(eyes=1.0)["weight"] - row()["weight"], row(lids=1.0)["weight"] - row()["weight"]
+    z, there = plain["latents"], eyes > 0
+    assert there.any() and not lids[~there].any()
+    away = (z - z.median(1, keepdim=True).values).square().mean(0)
+    for f in range(z.shape[1]):
+        assert torch.allclose(lids[f][there[f]], away[f][there[f]].mean(), rtol=1e-3), f
+    assert lids.amax() > 2 * lids[there].amin() + 1e-6
 
 
 def test_a_step_on_windows_has_more_rows(pools, vae, chunks, tmp_path, monkeypatch):
