@@ -45,10 +45,13 @@ class Chunk:
     def blinks(self, m):
         """Whether eyes are shut in a frame after its m continuity latents, as "blink" (N,) in the clip's NAME.npz says; False if it says nothing."""
         try:
-            with open(self.clip.path.with_suffix(".npz"), "rb") as file, np.load(file, allow_pickle=False) as npz:
-                return bool((npz["blink"][self.start + 4 * m - 3:self.start + self.length] > 0.7).any())
+            with open(path := self.clip.path.with_suffix(".npz"), "rb") as file, np.load(file, allow_pickle=False) as npz:
+                blink = npz["blink"]
         except (FileNotFoundError, KeyError):
             return False
+        if blink.shape != (self.clip.length,):
+            raise ValueError(f"{path}: blink {blink.shape}, the clip has {self.clip.length} frames")
+        return bool((blink[self.start + 4 * m - 3:self.start + self.length] > 0.7).any())
 
 
 def chunk_starts(length, T, step, offsets):
@@ -211,8 +214,8 @@ MOUTH, EYES = (0.62, 0.95, 0.25, 0.75), (0.2, 0.5, 0.1, 0.9)                    
 
 
 def place_window(mouth, eyes, side, rng):
-    """Where a window of side x side latents lies -> (y, x), even, as a token has 2 x 2. Half of them hold the middle of the mouth (F, h, w), two of
-    five that of the eyes."""
+    """Where a window of side x side latents lies -> (y, x), even, as a token has 2 x 2. Half of them go for the middle of the mouth (F, h, w), two
+    of five for that of the eyes, the rest anywhere."""
     free = np.array(mouth.shape[1:]) - side
     y, x = rng.integers(free // 2 + 1) * 2
     luck = rng.random()
@@ -255,7 +258,7 @@ def load_row(chunk, cfg, rng, cold, deaf, sigma, codec=None, side=0):
                              for what, at in (("latents", row), ("identity", picture)))
     audio = torch.from_numpy(chunk.array("audio")[row].astype(np.float32))
     moved = (latents - latents.median(1, keepdim=True).values).square().mean(0)                       # (F, h, w)
-    moved = (moved * eyes).sum((1, 2), keepdim=True) / eyes.sum((1, 2), keepdim=True).clamp(min=1)    # (F, 1, 1): 0.2 at rest, 1 in a blink
+    moved = (moved * eyes).sum((1, 2), keepdim=True) / eyes.sum((1, 2), keepdim=True).clamp(min=1)    # (F, 1, 1), of eyes seen
     weight = 1 + cfg.focus * mask + cfg.lips * mouth + (cfg.eyes + cfg.lids * moved) * eyes
     return {"latents": latents, "identity": identity_of(identity, cfg), "kappa": latents[:, :cfg.head],
             "audio": audio * 0 if deaf else audio, "sigma": torch.tensor(sigma, dtype=torch.float32),

@@ -278,9 +278,9 @@ def generate(args, paths, bench):
         if not models.trained:
             bench.notes.append(f"the {network} in {args.weights} is untrained: its videos are fog, and so are its figures")
         steps, jobs = args.teacher_steps if network == "teacher" else args.student_steps, []
-        for k, path in enumerate(paths):
+        for k, path in enumerate(paths):                                        # seed + k: of one noise all would turn and blink alike
             sound = sound_of(path, n := probe(path)[0])[:round(n * FPS) * HOP]
-            # half the list away: neighbours by name may say the same, GRID's spell their sentences. + k: of one noise all would turn and blink alike
+            # half the list away: neighbours by name may say the same, GRID's spell their sentences
             other = np.resize(sound_of(p := paths[(k + len(paths) // 2) % len(paths)], probe(p)[0]), len(sound))
             controls = {f"{network}-other-sound": other, f"{network}-silence": sound * 0} if args.controls else {}
             jobs += [(system, path, path.stem, args.seed + k, heard, None) for system, heard in ({network: sound} | controls).items()]

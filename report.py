@@ -75,7 +75,7 @@ def cell(figure, digits):
 
 def markdown(report):
     """The tables, ready to paste: mean ± standard deviation (n)."""
-    where = f"commit {report['commit']}, seed {report['seed']}, {report['machine']}."
+    where = f"commit {report['commit']}, seeds {report['seed']}, {report['seed'] + 1}, ..., {report['machine']}."
     lines = [f"`{report['command']}`", "", f"{where} Mean ± standard deviation over videos (number of videos; of frames or clips for a",
              "Frechet distance). `real` is real against real: its Frechet distances are one half of the clips against the other, its mouth",
              "is what the proxy sees against the truth. What cannot be measured is -.", ""]

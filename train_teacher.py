@@ -73,7 +73,7 @@ class TeacherConfig:
     deaf: float = 0.1               # share of rows whose audio is zeroed: what guidance compares with
     focus: float = 3.0              # extra weight of face latents in Eq. 2: a cheap stand-in for Eq. 17, ours; 0 = the paper
     eyes: float = 0.0               # extra weight of the latents around the eyes; ours; 0 = the paper
-    lids: float = 0.0               # and of these, times how far they are from where they mostly are; 20 makes a blink count; ours; 0 = the paper
+    lids: float = 0.0               # and of these, times how far they are from where they mostly are: a blink as a mouth with 20; ours; 0 = the paper
     blinks: float = 1.0             # how often, beside others, a chunk is drawn in which eyes shut (NAME.npz has "blink"); ours; 1 = the paper
     lips: float = 30.0              # extra weight of mouth latents: 5 in 100 latents, with all that the sound decides; ours; 0 = the paper
     temporal: float = 0.1           # lambda of Eq. 16 (paper: lost)
@@ -107,7 +107,7 @@ PRESETS = {"tiny": TeacherConfig(skip=0.15),
                                      checkpointing=True, every=500, minutes=30.0)}
 NETWORKS = dit.PRESETS | {"debug": DiTConfig(dim=192, ffn_dim=384, heads=4, layers=3, audio_tokens=4, audio_hidden=64)}
 CHOICES = {"network": tuple(NETWORKS), "optimizer": ("muon", "adamw"), "identity": tuple(IDENTITY)}
-FREE = ("steps", "latents", "ema", "lips", "eyes", "lids", "minutes", "every", "val", "micro", "checkpointing", "compile")       # in --resume
+FREE = ("steps", "latents", "ema", "lips", "eyes", "lids", "minutes", "every", "val", "micro", "checkpointing", "compile")       # by --resume
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)    # noise levels of the validation loss
 
 # ------------------------------------------------------------------------------------------------------------- equations
@@ -322,12 +322,11 @@ def check(cfg, args, world):
         raise ValueError(f"--frames {cfg.frames} (4k + 1) and --latents {cfg.latents} must leave latents to predict after --head {cfg.head}")
     if min(cfg.batch, cfg.micro) < 1 or cfg.batch % (cfg.micro * world):
         raise ValueError(f"batch {cfg.batch} is not a multiple of micro {cfg.micro} x {world} processes")
-    at_least_one = ("warmup", "head", "pixel_every", "window", "context", "offsets", "references", "every", "val", "whole")
-    if wrong := [f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in at_least_one if getattr(cfg, name) < 1]:
+    at_least_one = ("warmup", "head", "pixel_every", "window", "context", "offsets", "references", "every", "val", "whole", "blinks")
+    if wrong := [f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in at_least_one if not 1 <= getattr(cfg, name) < np.inf]:
         raise ValueError(f"{', '.join(wrong)} must be at least 1")
-    if not 0 < cfg.decay <= 1 or min(cfg.worn, cfg.skip) < 0 or cfg.blinks <= 0:
-        raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most, --blinks {cfg.blinks} over 0; "
-                         f"--worn {cfg.worn} and --skip {cfg.skip} 0 or more")
+    if not 0 < cfg.decay <= 1 or not all(0 <= more < np.inf for more in (cfg.worn, cfg.skip, cfg.lids)):
+        raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most; --worn {cfg.worn}, --skip {cfg.skip} and --lids {cfg.lids} 0 or more")
     if cfg.window_side < 0 or cfg.window_side % 2:
         raise ValueError(f"--window-side {cfg.window_side} must be even, 0 or more: a token has 2 x 2 latents")
     one_per_folder(args, "share", "cache", "fresh")
@@ -392,6 +391,8 @@ def prepare(args, cfg, device, rank, world):
         val += [chunk for chunk in held_out if chunk.row == 0]
     often = lambda chunk: cfg.blinks if cfg.blinks != 1 and chunk.blinks(cfg.head) else 1.0
     some = sum(folders, [])
+    if cfg.blinks != 1 and not any(often(chunk) > 1 for chunk in some):
+        raise ValueError("--blinks: no clip's NAME.npz has a blink that could be drawn more often")
     wear = wear_of(vae, some[::-(-len(some) // 8)], cfg.head, device, codec) if cfg.worn else None
     return shard(model.to(device), device, world), vae, Pools(folders, args.share or [1.0] * len(folders), wear, codec, often), val
 

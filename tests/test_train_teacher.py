@@ -23,7 +23,7 @@ import dit
 import infer
 import train_teacher as tt
 from checkpoint import log, save_picture, swap
-from chunks import EYES, MOUTH, Pools, chunk_starts, collate, encode_clips, load_row, part_of, place_window, wear_of, worn
+from chunks import EYES, MOUTH, Chunk, Pools, chunk_starts, collate, encode_clips, load_row, part_of, place_window, wear_of, worn
 from data import Clip, write_mp4
 from linear import LinearCodec, blocks
 from vae import PRESETS as VAE
@@ -224,7 +224,7 @@ def test_a_fresh_chunk_is_another_cut_at_every_draw(clips, vae, tmp_path):
         assert torch.equal(row["audio"], torch.from_numpy(row["chunk"].array("audio")[row["chunk"].row].astype(np.float32)))
 
 
-def test_windows_look_at_the_mouth():
+def test_windows_look_at_mouth_and_eyes():
     """Law: mouth and eyes are where a face has them, and nowhere without one; half of the windows go for the mouth, two of five for the eyes."""
     face = torch.zeros(2, 16, 16)
     face[:, 3:15, 4:12] = 1                                                     # rows 3-14, columns 4-11
@@ -234,9 +234,10 @@ def test_windows_look_at_the_mouth():
     assert not part_of(0 * face, *MOUTH).any()
     places = [place_window(mouth, eyes, 8, rng) for _ in range(400)]
     assert all(y % 2 == x % 2 == 0 and 0 <= y <= 8 and 0 <= x <= 8 for y, x in places)
-    holds = lambda row, *parts: np.mean([y <= row < y + 8 and x <= 7 < x + 8 for y, x in (place_window(*parts, 8, rng) for _ in range(400))])
-    none = 0 * mouth                                                            # row 12 is the mouth's, 4 just above the eyes
-    assert holds(12, mouth, none) > holds(12, none, none) + 0.15 and holds(4, none, eyes) > holds(4, none, none) + 0.05
+    drawn = lambda luck, *parts: place_window(*parts, 4, Namespace(random=lambda: luck, integers=lambda n: 0 * n, uniform=lambda *a: np.zeros(2)))
+    at_mouth, at_eyes, anywhere = (10, 6), (4, 6), (0, 0)                       # their middles: rows 12 and 7, column 8
+    assert [drawn(luck, mouth, eyes) for luck in (0, 0.49, 0.51, 0.89, 0.91)] == [at_mouth, at_mouth, at_eyes, at_eyes, anywhere]
+    assert drawn(0.2, 0 * mouth, eyes) == drawn(0.7, mouth, 0 * eyes) == anywhere
     assert len({place_window(0 * mouth, 0 * eyes, 8, rng) for _ in range(400)}) == 25              # no face: anywhere
 
 
@@ -249,14 +250,17 @@ def test_who_blinks_is_drawn_more_often(clips, chunks):
     try:
         assert not first.blinks(2) and first.blinks(1)                          # of m latents it is handed 4 m - 3 frames
         pools = Pools(folders, [3.0, 1.0], often=lambda chunk: 4.0 if chunk.blinks(1) else 1.0)
-        shut = np.array([chunk.blinks(1) for chunk in folders[0]])
+        np.savez(sidecar, blink=np.zeros(7))
+        with pytest.raises(ValueError, match="the clip has"):
+            first.blinks(1)
     finally:
         sidecar.unlink()
+    shut = np.array([c.clip == first.clip and c.start < first.start + 4 < c.start + 33 for c in folders[0]])    # handed 1 frame, 32 are predicted
     assert pools.lengths == [33, 29] and np.allclose(pools.chance, [0.75, 0.25])
     assert 0 < shut.sum() < len(shut) and np.allclose(pools.weights[33] * (4 * shut.sum() + (~shut).sum()), np.where(shut, 4, 1))
 
 
-def test_eyes_count_when_they_move(chunks):
+def test_eyes_count_when_they_move(chunks, monkeypatch):
     """Law: --lids adds to the weight of eyes as far as they are from where they mostly are, and to nothing else; what is still gains nothing."""
     row = lambda **options: load_row(chunks[0], replace(CFG, lips=0.0, **options), np.random.default_rng(0), False, False, 0.5)
     plain, eyes, lids = row(), row(eyes=1.0)["weight"] - row()["weight"], row(lids=1.0)["weight"] - row()["weight"]
@@ -265,7 +269,11 @@ def test_eyes_count_when_they_move(chunks):
     away = (z - z.median(1, keepdim=True).values).square().mean(0)
     for f in range(z.shape[1]):
         assert torch.allclose(lids[f][there[f]], away[f][there[f]].mean(), rtol=1e-3), f
-    assert lids.amax() > 2 * lids[there].amin() + 1e-6
+    still = np.repeat(chunks[0].array("latents")[:, :, :1], z.shape[1], 2)
+    still[:, :, 5] += 2                                                         # one latent frame is 2 from all others
+    monkeypatch.setattr(Chunk, "array", lambda chunk, what, array=Chunk.array: still if what == "latents" else array(chunk, what))
+    lids = row(lids=1.0)["weight"] - row()["weight"]
+    assert torch.allclose(lids, 4.0 * eyes * (torch.arange(len(lids)) == 5)[:, None, None], atol=1e-2)
 
 
 def test_a_step_on_windows_has_more_rows(pools, vae, chunks, tmp_path, monkeypatch):
@@ -494,6 +502,8 @@ def test_validation_is_fixed_and_leaves_no_trace(pools, vae, chunks):
         v.add_(0.01)
     own = tt.validate(state.model, chunks[:2], CFG, "cpu")
     assert own == tt.validate(state.model, chunks[:2], CFG, "cpu") and list(own) == list(tt.BINS)
+    weighed = replace(CFG, focus=9.0, lips=9.0, eyes=9.0, lids=9.0)             # nor with what training weighs
+    assert own == tt.validate(state.model, chunks[:2], weighed, "cpu")
     swap(state.model, state.ema)
     assert tt.validate(state.model, chunks[:2], CFG, "cpu") != own
     swap(state.model, state.ema)
@@ -519,8 +529,12 @@ def folder(tmp_path_factory, clips, vae):
 
 def test_debug_preset_learns_a_chunk_by_heart(folder, capsys):
     """Law: `--preset debug` knows one chunk by heart. The best answer without knowing it costs about 1; below 0.3 it knows it."""
+    for clip in (sidecars := [path.with_suffix(".npz") for path in (folder / "clips").glob("*.mp4")]):
+        np.savez(clip, blink=np.ones(33))                                       # --blinks stops if nobody blinks
     tt.main(["--data", str(folder / "clips"), "--weights", str(folder / "weights"), "--run-dir", str(folder / "run"), "--preset", "debug",
-             "--device", "cpu", "--steps", "120"])
+             "--device", "cpu", "--steps", "120", "--blinks", "2"])
+    for clip in sidecars:
+        clip.unlink()
     assert float(capsys.readouterr().out.split("\nloss: ")[1].split()[0]) < 0.3
     with safe_open(folder / "weights/teacher.safetensors", "pt") as file:
         assert file.metadata()["trained"] == "yes" and file.get_tensor("head.head.weight").dtype == torch.float16
@@ -537,6 +551,7 @@ def test_bad_input_is_one_line(folder, capsys):
     save_file({"audio_proj.norm.weight": torch.zeros(3)}, other)
     for bad in (["--data", str(folder / "nowhere")], [], [*clips, "--micro", "3"], [*clips, "--warmup", "0"], [*clips, "--decay", "0"],
                 [*clips, "--every", "0"], [*clips, "--context", "0"], [*clips, "--init", str(other)], [*clips, "--worn", "-1"],
+                [*clips, "--blinks", "0"], [*clips, "--blinks", "nan"], [*clips, "--blinks", "2"], [*clips, "--lids", "-1"], [*clips, "--lids", "inf"],
                 [*clips, "--skip", "-1"], [*clips, "--fresh", "1"], [*clips, "--fresh", "-1"], [*clips, "--fresh", "0", "0"],
                 [*clips, "--window-side", "3"], [*clips, "--window-side", "8"], [*clips, "--share", "1", "1"]):
         with pytest.raises(SystemExit) as stop:
