@@ -93,8 +93,8 @@ class StudentConfig:
     seed: int = 0                   # of everything random
 
 
-PRESETS = {"tiny": StudentConfig(steps=140, rollout=28, follow=2, sample_shift=2.0, guidance=3.0, guidance_focus=16.0, liveliness=2.0,
-                                 lambda_reg=6.0),
+PRESETS = {"tiny": StudentConfig(steps=140, rollout=28, follow=2, sample_shift=2.0, guidance=3.0, guidance_focus=16.0, liveliness=1.5,
+                                 lambda_reg=4.0),
            "debug": StudentConfig(steps=40, ratio=1, batch=2, micro=2, rollout=2, tail=5, optimizer="adamw", lr=3e-4, lr_critic=6e-4,
                                   warmup=5, decay=0.0, ema=0.9, guidance=1.0, lambda_reg=1.0, anchor_from=0, films=1, encode_bf16=False, every=20,
                                   minutes=1.0, val=1),
