@@ -389,7 +389,7 @@ def build_parser():
     p.add_argument("--student-steps", type=int, default=4, help="... of the student (default 4)")
     p.add_argument("--guidance", type=float, default=4.0, help="audio guidance of the teacher (default 4)")
     p.add_argument("--guidance-focus", type=float, default=16.0, help="how narrowly, to where the sound is heard; 0: everywhere (default 16)")
-    p.add_argument("--liveliness", type=float, default=1.3, help="factor on what else differs from the portrait, in noise (default 1.3; 1: none)")
+    p.add_argument("--liveliness", type=float, default=1.4, help="factor on what else differs from the portrait, in noise (default 1.4; 1: none)")
     p.add_argument("--continuity-frames", type=int, default=9, help="frames handed from chunk to chunk; says where the seams are (default 9)")
     p.add_argument("--size", type=int, help="pixels along each side at which everything is measured (default: that of the weights, else 128)")
     p.add_argument("--every", type=int, default=5, help="every n-th frame goes into FID and identity (default 5)")

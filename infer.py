@@ -173,7 +173,7 @@ class Stopwatch(defaultdict):
 
 @torch.inference_mode()
 def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handover="reencode", identity="auto", guidance=4.0,
-             guidance_focus=16.0, liveliness=1.3, clock=None):
+             guidance_focus=16.0, liveliness=1.4, clock=None):
     """The chunk loop. Yields uint8 (T, H, W, 3) pieces, ceil(samples / 640) frames in all.
 
     image (1, 3, H, W) in [-1, 1]; audio (samples,) float32 at 16 kHz. continuity_frames n = 4k+1 (1, 5, 9, 13) frames, handed over by
@@ -284,7 +284,7 @@ def build_parser():
     p.add_argument("--steps", type=int, default=4, help="denoising steps a chunk; the teacher wants 20 to 50")
     p.add_argument("--guidance", type=float, default=4.0, help="audio guidance of the teacher, 1 = none; the student has none")
     p.add_argument("--guidance-focus", type=float, default=16.0, help="how narrowly it guides where the sound is heard: the lips; 0: everywhere")
-    p.add_argument("--liveliness", type=float, default=1.3, help="factor on all else that differs from the portrait; with a focus only; 1: none")
+    p.add_argument("--liveliness", type=float, default=1.4, help="factor on all else that differs from the portrait; with a focus only; 1: none")
     p.add_argument("--seed", type=int, default=0, help="same seed, same video; another seed moves the head differently")
     p.add_argument("--continuity-frames", type=int, default=9, help="frames handed from chunk to chunk: 1, 5, 9 or 13")
     p.add_argument("--handover", choices=["reencode", "latents"], default="reencode", help="hand them over decoded and encoded anew, or as latents")
