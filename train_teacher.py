@@ -107,7 +107,7 @@ PRESETS = {"tiny": TeacherConfig(skip=0.15),
                                      checkpointing=True, every=500, minutes=30.0)}
 NETWORKS = dit.PRESETS | {"debug": DiTConfig(dim=192, ffn_dim=384, heads=4, layers=3, audio_tokens=4, audio_hidden=64)}
 CHOICES = {"network": tuple(NETWORKS), "optimizer": ("muon", "adamw"), "identity": tuple(IDENTITY)}
-FREE = ("steps", "latents", "ema", "lips", "eyes", "lids", "minutes", "every", "val", "micro", "checkpointing", "compile")       # by --resume
+FREE = ("steps", "latents", "ema", "lips", "eyes", "lids", "minutes", "every", "val", "micro", "checkpointing", "compile")   # may change at --resume
 BINS = (0.1, 0.3, 0.5, 0.7, 0.9)    # noise levels of the validation loss
 
 # ------------------------------------------------------------------------------------------------------------- equations
@@ -322,11 +322,13 @@ def check(cfg, args, world):
         raise ValueError(f"--frames {cfg.frames} (4k + 1) and --latents {cfg.latents} must leave latents to predict after --head {cfg.head}")
     if min(cfg.batch, cfg.micro) < 1 or cfg.batch % (cfg.micro * world):
         raise ValueError(f"batch {cfg.batch} is not a multiple of micro {cfg.micro} x {world} processes")
-    at_least_one = ("warmup", "head", "pixel_every", "window", "context", "offsets", "references", "every", "val", "whole", "blinks")
-    if wrong := [f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in at_least_one if not 1 <= getattr(cfg, name) < np.inf]:
-        raise ValueError(f"{', '.join(wrong)} must be at least 1")
-    if not 0 < cfg.decay <= 1 or not all(0 <= more < np.inf for more in (cfg.worn, cfg.skip, cfg.lids)):
-        raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most; --worn {cfg.worn}, --skip {cfg.skip} and --lids {cfg.lids} 0 or more")
+    bounds = {1: ("warmup", "head", "pixel_every", "window", "context", "offsets", "references", "every", "val", "whole", "blinks"),
+              0: ("worn", "skip", "focus", "eyes", "lids", "lips", "temporal", "face")}
+    for least, names in bounds.items():
+        if wrong := [f"--{name.replace('_', '-')} {getattr(cfg, name)}" for name in names if not least <= getattr(cfg, name) < np.inf]:
+            raise ValueError(f"{', '.join(wrong)} must be {least} or more, and finite")
+    if not 0 < cfg.decay <= 1:
+        raise ValueError(f"--decay {cfg.decay} must be over 0, and 1 at most")
     if cfg.window_side < 0 or cfg.window_side % 2:
         raise ValueError(f"--window-side {cfg.window_side} must be even, 0 or more: a token has 2 x 2 latents")
     one_per_folder(args, "share", "cache", "fresh")

@@ -552,7 +552,7 @@ def test_bad_input_is_one_line(folder, capsys):
     for bad in (["--data", str(folder / "nowhere")], [], [*clips, "--micro", "3"], [*clips, "--warmup", "0"], [*clips, "--decay", "0"],
                 [*clips, "--every", "0"], [*clips, "--context", "0"], [*clips, "--init", str(other)], [*clips, "--worn", "-1"],
                 [*clips, "--blinks", "0"], [*clips, "--blinks", "nan"], [*clips, "--blinks", "2"], [*clips, "--lids", "-1"],
-                [*clips, "--lids", "inf"], [*clips, "--skip", "-1"],
+                [*clips, "--lids", "inf"], [*clips, "--lips", "-1"], [*clips, "--skip", "-1"],
                 [*clips, "--fresh", "1"], [*clips, "--fresh", "-1"], [*clips, "--fresh", "0", "0"],
                 [*clips, "--window-side", "3"], [*clips, "--window-side", "8"], [*clips, "--share", "1", "1"]):
         with pytest.raises(SystemExit) as stop:
