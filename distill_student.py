@@ -1,442 +1,672 @@
-"""Stage 2: the student, Asymmetric Knowledge Distillation (AKD). Paper section 3.4 and Appendix C, Eq. 6-15.
+"""Stage 2: the student, by Asymmetric Knowledge Distillation (AKD).
 
-    python distill_student.py --data CLIPS [CLIPS ...]             runs/student (checkpoint, log, strip.png) -> weights/tiny/student.safetensors
-    python distill_student.py --data CLIPS --preset debug          one film by heart, two minutes on two cores: does everything still learn?
-    python distill_student.py --data CLIPS --resume                goes on where a killed run was last saved, bit for bit
-    python distill_student.py --plot                               runs/student/log.jsonl -> runs/student/curves.png
-    python distill_student.py --data CLIPS --teacher-sees gen      Table 4, symmetric-gen; --student-sees gt instead: symmetric-gt
-    python distill_student.py --data CLIPS --no-distill            no AKD: the teacher, as it is, in the student's 4 steps
-    torchrun --nproc_per_node=8 distill_student.py --preset wan-1.3b --weights DIR --data CLIPS                           (FSDP)
+Paper section 3.4 and Appendix C; Equations 6 to 15.
 
-Three networks, all of them the teacher at first, look at the same chunk:
-    student   makes it in 4 steps from noise, after its *own* last frames (kappa_gen), as in use      Eq. 9, trained by Eq. 8
-    critic    tells the score of what the student makes after such frames                             trained by Eq. 15, --ratio times as often
-    teacher   tells the score of true chunks after the *true* frames before (kappa_gt)                frozen
-The student moves by the difference of the two scores (Eq. 13). From a face that has drifted, that leads back to where the true film goes on.
+    python distill_student.py --data CLIPS [CLIPS ...]      runs/teacher/weights -> runs/student
+    python distill_student.py --data CLIPS --preset debug   overfit one video: does it learn here?
+    python distill_student.py --data CLIPS --resume         continue a killed run, bit for bit
+    python distill_student.py --data CLIPS --teacher-continuity gen     Table 4, symmetric-gen
+    python distill_student.py --data CLIPS --student-continuity gt      Table 4, symmetric-gt
+    python distill_student.py --data CLIPS --steps 0        no distillation: the teacher in 4 steps
+    torchrun --nproc_per_node=8 distill_student.py --preset wan-1.3b --weights DIR --data CLIPS
 
-Each row of a batch is a film in the making: a clip's portrait and sound, and the student's frames so far. A step makes the next chunk of each
-and teaches with it; after K chunks the film starts again, cold, as infer.py starts. So kappa_gen costs one decode, not a new roll-out.
-Shapes: B batch, T pixel frames, F = 1 + (T-1)/4 latent frames, C channels, H W pixels, h w latent grid, S the student's steps.
-Everything random is drawn from (seed, step, row): a resumed run, or one on more processes, draws what the first one would."""
-import argparse
+Three networks start as the teacher and look at the same chunk, but not after the same frames:
+
+    student  generates it in 4 steps from noise, after its *own* last frames (kappa_gen), as in use;
+             trained by Eq. 8
+    critic   estimates the score of what the student generates after such frames;
+             trained by Eq. 15, more often than the student
+    teacher  estimates the score of real chunks after the *ground-truth* frames (kappa_gt); frozen
+
+The student follows the difference of the two scores (Eq. 13). From a face that has drifted, that
+leads back to where the ground-truth video continues. Others call a bidirectional teacher with a
+causal student asymmetric; here the networks are alike, and the *context* is asymmetric.
+
+Each row of a batch is a video in progress (RolloutBuffer): a clip's portrait and audio, and the
+student's frames so far. A step generates the next chunk of each row and trains on it; after K
+chunks the video starts again, as infer.py starts. So kappa_gen costs one decode, not a new
+roll-out.
+
+Shapes: B batch, T pixel frames, F = 1 + (T-1)/4 latent frames, C channels, H W pixels,
+        h w latent grid, m continuity latents = n = 4m - 3 frames, S the student's steps.
+Everything random depends on (seed, step, row) alone: a resumed run, or one on more processes, draws
+what the first would.
+"""
 import copy
-import inspect
 import json
 import os
-import re
-import shutil
-import signal
-import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as nnf
 from PIL import Image
-from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import infer
-import report
-from checkpoint import gather, join, load_checkpoint, log, mean, save_checkpoint, save_picture, shard, swap, trim_log, write_safetensors
-from chunks import Streams, chunks_left, encode_clips, one_per_folder, pixels
-from data import ClipFolder
-from dit import add_noise, guided_velocity, score_from_velocity, student_sigmas, velocity, x0_from_velocity
-from muon import Muon
-from tre import IDENTITY, continuity_reference
+from common import (
+    PresetOnly,
+    TrainState,
+    all_reduce_mean,
+    bf16_autocast,
+    clip_gradients,
+    export_weights,
+    init_distributed,
+    learning_rate_factor,
+    load_checkpoint,
+    log,
+    log_line,
+    make_adamw,
+    one_line_errors,
+    parse_args,
+    save_checkpoint,
+    save_image,
+    select_device,
+    shard,
+    trim_log,
+)
+from data import (
+    ClipFolder,
+    chunks_left,
+    encode_clips,
+    to_tensor,
+    to_uint8,
+    training_set_hash,
+)
+from dit import (
+    add_noise,
+    classifier_free_guidance,
+    score_from_velocity,
+    shift_sigma,
+    student_sigmas,
+    velocity,
+    x0_from_velocity,
+)
+from tre import continuity_reference, overwrite_continuity, temporal_reference_encoding
 
-# ---------------------------------------------------------------------------------------------------------------- config
+# ------------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class Files:
+    data: tuple[Path, ...]                  # folders of clips; those under two chunks are left out
+    preset: Literal["nano", "debug", "wan-1.3b"] = "nano"   # defaults of what follows
+    weights: Path = Path("runs/teacher/weights")    # folder with the teacher
+    run_dir: Path = Path("runs/student")    # checkpoint, log, samples
+    out: Path | None = None                 # the finished folder of weights [RUN_DIR/weights]
+    resume: bool = False                    # continue from the checkpoint in RUN_DIR
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
+
 
 @dataclass(frozen=True)
 class StudentConfig:
-    steps: int = 160                # critic updates; the student has one for every `ratio` of them (paper: 1,600, of which is not said)
-    ratio: int = 2                  # critic updates for one of the student (paper: not given; Self-Forcing and FlashHead: 5)
-    batch: int = 4                  # films in the making, over all processes; a step makes one chunk of each (paper: 4)
-    micro: int = 4                  # chunks a network call of one process; gradients add up over the calls of a step
-    rollout: int = 12               # K, chunks until a film starts again (paper: not given; FlashHead: 5)
-    denoise: int = 4                # S, the student's steps from noise to a chunk (paper: 4)
-    follow: int = 0                 # of them, how many after the first start from the noised truth, in training only; ours; 0 = the paper
-    sample_shift: float = 5.0       # of the student's noise levels: 5, Wan's, is 1, 0.94, 0.83, 0.63; 2 is 1, 0.86, 0.67, 0.4 (paper: not given)
-    optimizer: str = "muon"         # "muon" (muon.py), whose steps on matrices are ten times lr, or "adamw", as the paper
-    lr: float = 1e-4                # learning rate of the student; full size: 2e-6, as Self-Forcing (paper: not given)
-    lr_critic: float = 3e-4         # and of the critic; full size: 4e-7
-    warmup: int = 10                # steps until they are reached
-    decay: float = 0.5              # share of the steps, at the end, in which both fall to zero
-    ema: float = 0.95               # memory of the student's averaged weights, which are the ones shipped
-    shift: float = 5.0              # of the noise levels at which critic and teacher are asked; > 1 asks more in noise
-    guidance: float = 2.0           # audio guidance of the teacher's score, 1 = none (paper: not given; Self-Forcing counts one less and has 3)
-    guidance_focus: float = 0.0     # how narrowly it guides where the sound is heard (dit.guided_velocity), 0 = everywhere; ours; 0 = the paper
-    liveliness: float = 1.0         # factor on all else that differs from the portrait, in noise; ours; 1 = the paper
-    teacher_sees: str = "gt"        # continuity reference of the teacher: gt, gen
-    student_sees: str = "gen"       # continuity reference of student and critic: gt, gen
-    identity: str = "tre"           # identity reference, the teacher's: tre (Eq. 3), etr (Eq. 29)
-    distill: bool = True            # --no-distill: no step is made, the student is the teacher
-    lambda_reg: float = 10.0        # weight of the anchor in Eq. 8 (paper: lost)
-    delta: float = 1.0              # of the anchor's Huber loss, in normalised latents: squares below, distances above (paper: lost)
-    anchor_from: int = 1            # first of the student's steps that is anchored; the earlier can only guess a blur; ours; 0 = the paper
-    head: int = 3                   # m, continuity latents = 4 m - 3 frames (paper: lost)
-    tail: int = 0                   # latents decoded for those frames; 0 = all, as infer.py; 10 of 21 move kappa by 1 in 3,000, 5 of 9 by 1 in 6
-    frames: int = 33                # of a chunk; full size: 81
-    offsets: int = 1                # times a clip is cut into chunks, each time from a later frame on
-    references: int = 1             # chunks of a clip that a film can start with: those whose first frame is a reference picture
-    encode_bf16: bool = True        # the chunks were encoded in bfloat16
-    films: int = 0                  # use so many clips only; 0 = all
-    bf16: bool = True               # bfloat16 autocast, and a bfloat16 decoder, as in infer.py
-    checkpointing: bool = False     # recompute the blocks in the backward pass: less memory, a third slower
-    compile: bool = False           # torch.compile, block by block
-    every: int = 40                 # steps from one validation, with its strip of samples, to the next
-    minutes: float = 10.0           # from one checkpoint to the next
-    val: int = 4                    # validation films; those too short for --rollout chunks are left out if others are not
-    seed: int = 0                   # of everything random
+    steps: int = 240                        # critic updates (paper: 1,600, of which is not said)
+    critic_updates: int = 2                 # per student update (Self-Forcing, FlashHead: 5)
+    batch: int = 4                          # videos in progress, a chunk of each a step (paper: 4)
+    micro_batch: int = 4                    # rows a network call; gradients add up over calls
+    rollout_chunks: int = 10                # K, chunks of a video (paper: not given; FlashHead: 5)
+    denoising_steps: int = 4                # S, steps from noise to a chunk (paper: 4)
+    timestep_shift: float = 5.0             # of these steps: 1, 0.94, 0.83, 0.63 (paper: not given)
+    lr: float = 1e-4                        # of the student's AdamW (paper: not given)
+    lr_critic: float = 2e-4                 # of the critic's (paper: not given)
+    betas: PresetOnly[tuple[float, float]] = (0.0, 0.999)   # of AdamW, as in Self-Forcing
+    weight_decay: PresetOnly[float] = 0.01  # of AdamW, as in Self-Forcing
+    grad_clip: PresetOnly[float] = 10.0     # largest norm of a gradient, as in Self-Forcing
+    warmup: PresetOnly[int] = 10            # steps until the peak learning rates
+    decay: PresetOnly[float] = 0.5          # share of the steps, at the end, where they fall to 0
+    ema: float = 0.95                       # decay of the averaged weights, which are exported
+    score_shift: float = 5.0                # of the noise levels at which the scores are compared
+    guidance: float | None = None           # of the real score; 1: none [as the teacher samples]
+    teacher_continuity: Literal["gt", "gen"] = "gt"     # what the teacher sees (Table 4)
+    student_continuity: Literal["gt", "gen"] = "gen"    # what student and critic see (Table 4)
+    lambda_reg: float = 1.0                 # weight of Eq. 7 in Eq. 8 (paper: lost)
+    huber_delta: float = 1.0                # of Eq. 7, in normalised latents (paper: lost)
+    continuity_frames: int | None = None    # n, refused if not the teacher's [the teacher's]
+    frames: PresetOnly[int | None] = None   # T of a chunk, the teacher's
+    identity: PresetOnly[str | None] = None     # tre or etr, the teacher's
+    offsets: PresetOnly[int] = 2            # times a clip is cut into chunks, each time shifted
+    references: PresetOnly[int] = 3         # chunks of a clip with which a video can begin
+    encode_bf16: PresetOnly[bool] = False   # the chunks were encoded in bfloat16
+    overfit: PresetOnly[int] = 0            # use only so many clips, also for validation; 0: all
+    bf16: bool = True                       # bfloat16 autocast where the processor has it
+    checkpointing: PresetOnly[bool] = False     # recompute blocks in the backward pass
+    compile: bool = False                   # torch.compile, block by block
+    val_every: PresetOnly[int] = 40         # steps from one validation to the next
+    val_videos: PresetOnly[int] = 4         # validation videos
+    save_minutes: PresetOnly[float] = 5.0   # from one checkpoint to the next
+    seed: int = 0                           # of everything random
 
 
-PRESETS = {"tiny": StudentConfig(steps=140, rollout=28, follow=2, sample_shift=2.0, guidance=3.0, guidance_focus=16.0, liveliness=1.5,
-                                 lambda_reg=4.0),
-           "debug": StudentConfig(steps=40, ratio=1, batch=2, micro=2, rollout=2, tail=5, optimizer="adamw", lr=3e-4, lr_critic=6e-4,
-                                  warmup=5, decay=0.0, ema=0.9, guidance=1.0, lambda_reg=1.0, anchor_from=0, films=1, encode_bf16=False, every=20,
-                                  minutes=1.0, val=1),
-           "wan-1.3b": StudentConfig(steps=1600, ratio=5, batch=64, micro=1, rollout=5, optimizer="adamw", lr=2e-6, lr_critic=4e-7,
-                                     warmup=20, decay=0.0, ema=0.99, guidance=4.0, lambda_reg=0.1, anchor_from=0, frames=81, offsets=2,
-                                     references=3, encode_bf16=False, checkpointing=True, every=100, minutes=30.0)}
-CHOICES = {"teacher_sees": ("gt", "gen"), "student_sees": ("gt", "gen"), "identity": tuple(IDENTITY)}
-FREE = ("steps", "lr", "lr_critic", "minutes", "every", "val", "micro", "checkpointing", "compile")          # may change in --resume
+PRESETS = {
+    "nano": StudentConfig(),
+    "debug": StudentConfig(
+        steps=40, critic_updates=1, batch=2, micro_batch=2, rollout_chunks=2, lr=3e-4,
+        lr_critic=6e-4, warmup=5, decay=0.0, ema=0.9, guidance=1.0, offsets=1, references=1,
+        overfit=1, val_every=20, val_videos=1, save_minutes=1.0),
+    "wan-1.3b": StudentConfig(
+        steps=1600, critic_updates=5, batch=64, micro_batch=1, rollout_chunks=5, lr=2e-6,
+        lr_critic=4e-7, warmup=20, decay=0.0, ema=0.99, guidance=4.0, lambda_reg=0.1,
+        checkpointing=True, val_every=100, save_minutes=30.0),
+}
+MAY_CHANGE = ("steps", "lr", "lr_critic", "micro_batch", "bf16", "checkpointing", "compile",
+              "val_every", "val_videos", "save_minutes")            # at --resume
 
-# ------------------------------------------------------------------------------------------------------------- equations
+# ---------------------------------------------------------- who sees which continuity reference
 
-def masked_mean(x, predicted):
-    """Mean of x (B, C, F, h, w) over the latents where predicted (B, 1, F, 1, 1) is 1, those that are not kappa -> (B,)."""
-    weight = predicted.expand_as(x)
+
+def choose_kappas(kappa_gt, kappa_gen, cfg):
+    """Section 3.4, the asymmetry -> kappa_teacher, kappa_student, each (B, C, m, h, w).
+
+    kappa_gt   encodes the last n frames of the *ground-truth* chunk before
+    kappa_gen  encodes the last n frames of the *student's own* chunk before: decoded and encoded
+               again, exactly as infer.py does
+    The frozen teacher sees kappa_gt; student and critic see kappa_gen (AKD, Eq. 6). Table 4's
+    symmetric rows are the other choices."""
+    kappa = {"gt": kappa_gt, "gen": kappa_gen}
+    return kappa[cfg.teacher_continuity], kappa[cfg.student_continuity]
+
+
+def forward(model, x, sigma, batch, kappa, audio=None):
+    """Velocity at x (B, C, F, h, w), sigma (B,), after kappa has overwritten the first latents.
+
+    In a first chunk only one latent is overwritten, the portrait's: loss_mask says which."""
+    x = torch.where(batch["loss_mask"] > 0, x, overwrite_continuity(x, kappa))
+    audio = batch["audio"] if audio is None else audio
+    return model(x, 1000 * sigma, batch["identity"], audio)
+
+
+def next_kappa_gen(vae, x0, n):
+    """kappa_gen of the chunk after x0 (B, C, F, h, w): all of it is decoded, its last n frames are
+    encoded again, as infer.py does -> (B, C, m, h, w)."""
+    with torch.no_grad():
+        return continuity_reference(vae, vae.decode(x0), n)
+
+# ----------------------------------------------------------------------------------------- roll-out
+
+
+@torch.no_grad()
+def rollout(student, batch, sigmas):
+    """Section 3.4: the student's steps, as dit.sample_student, with one kappa and noise a row.
+
+    -> its inputs and its x0 predictions at all S steps, (B, S, C, F, h, w) each; the last
+    prediction is the chunk."""
+    kappa = batch["kappa_student"]
+    x = batch["noise"][:, 0]                                        # (B, C, F, h, w)
+    inputs, predictions = [], []
+    for step, sigma in enumerate(sigmas):
+        v = forward(student, x, torch.full((len(x),), sigma, device=x.device), batch, kappa)
+        x0 = x0_from_velocity(x, v, sigma)
+        x0 = torch.where(batch["loss_mask"] > 0, x0, overwrite_continuity(x0, kappa))
+        inputs.append(x)
+        predictions.append(x0)
+        if step + 1 < len(sigmas):
+            x = add_noise(x0, batch["noise"][:, step + 1], sigmas[step + 1])
+    return torch.stack(inputs, 1), torch.stack(predictions, 1)
+
+
+def draw_noise(cfg, step, row, shape, device):
+    """Row `row` of step `step`: noise (S + 2, C, F, h, w) for the student's S steps, Eq. 11 and
+    Eq. 14; sigma (2,) of those two, in [0.02, 0.98] as in Self-Forcing; exit_step () in 0..S-1."""
+    seed = np.random.SeedSequence((cfg.seed, step, row)).generate_state(1, np.uint64)[0]
+    generator = torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
+    noise = torch.randn(cfg.denoising_steps + 2, *shape, generator=generator, device=device)
+    u = torch.rand(3, generator=generator, device=device)
+    sigma = shift_sigma(u[1:], cfg.score_shift).clamp(0.02, 0.98)
+    return {"noise": noise, "sigma": sigma, "exit_step": (u[0] * cfg.denoising_steps).long()}
+
+
+def load_chunk(start, index, cfg):
+    """Chunk `index` of the video that begins with the data.Chunk `start`, without a batch axis.
+
+    The portrait is the video's first frame; consecutive chunks lie in consecutive rows of the
+    cache. loss_mask (1, F, 1, 1) is 0 at the latents that kappa overwrites."""
+    latents = start.tensor("latents", start.row + index)            # (C, F, h, w)
+    identity = start.tensor("identity", start.row)                  # (C, F, h, w), Eq. 3
+    if cfg.identity == "etr":
+        identity = identity[:, :1].expand_as(identity)              # Eq. 29
+    m = 1 + (cfg.continuity_frames - 1) // 4
+    given = m if index else 1
+    mask = (torch.arange(latents.shape[1]) >= given).float()
+    return {"latents": latents, "identity": identity,
+            "audio": start.tensor("audio", start.row + index),      # (T, L, A)
+            "loss_mask": mask.view(1, -1, 1, 1),
+            "is_first": torch.full((1, 1, 1, 1), index == 0)}
+
+
+class RolloutBuffer:
+    """The videos in progress, one a row: where each stands, and the kappa_gen made for it.
+
+    `cursor` (B, 3): which start, chunks made, chunks to make; `kappa_gen` (B, C, m, h, w). Both are
+    part of the checkpoint. This process's rows are in `calls`, cfg.micro_batch a call; the cursor
+    is alike on all processes, kappa_gen is kept by each for its own rows."""
+
+    def __init__(self, starts, cfg, device, rank=0, world=1, weights=None):
+        """starts: list of data.Chunk that a video can begin with; weights: how often, one each."""
+        if not starts:
+            T, n = cfg.frames, cfg.continuity_frames
+            raise ValueError("no clip is long enough: a roll-out needs two chunks, "
+                             f"{2 * T - n} frames, and sound")
+        weights = np.ones(len(starts)) if weights is None else np.asarray(weights, float)
+        self.starts, self.cfg, self.device = starts, cfg, device
+        self.probs = weights / weights.sum()
+        self.data_hash = training_set_hash(starts, weights)
+        micro = cfg.micro_batch
+        self.calls = [range(row, row + micro)
+                      for row in range(rank * micro, cfg.batch, micro * world)]
+        C, _, h, w = starts[0].array("latents").shape[1:]
+        m = 1 + (cfg.continuity_frames - 1) // 4
+        self.cursor = torch.zeros(cfg.batch, 3, dtype=torch.long)
+        self.kappa_gen = torch.zeros(cfg.batch, C, m, h, w, device=device)
+        for row in range(cfg.batch):
+            self.restart(row, step=0)
+            self.cursor[row, 2] = 1 + row % self.cursor[row, 2]     # so that rows differ in age
+
+    def restart(self, row, step):
+        rng = np.random.default_rng((self.cfg.seed, step, row))
+        start = int(rng.choice(len(self.starts), p=self.probs))
+        length = min(self.cfg.rollout_chunks, chunks_left(self.starts[start], self.cfg))
+        self.cursor[row] = torch.tensor([start, 0, length])
+
+    @torch.no_grad()
+    def batch(self, rows, step):
+        """-> load_chunk's and draw_noise's tensors with a batch axis; kappa_teacher and
+        kappa_student (B, C, m, h, w)."""
+        places = [self.cursor[row].tolist() for row in rows]
+        loaded = [load_chunk(self.starts[start], index, self.cfg) for start, index, _ in places]
+        batch = {k: torch.stack([chunk[k] for chunk in loaded]).to(self.device) for k in loaded[0]}
+        shape = batch["latents"].shape[1:]
+        drawn = [draw_noise(self.cfg, step, row, shape, self.device) for row in rows]
+        batch |= {k: torch.stack([one[k] for one in drawn]) for k in drawn[0]}
+        m = self.kappa_gen.shape[2]
+        portrait = batch["identity"][:, :, :m]                      # of it, a first chunk uses one
+        kappa_gt = batch["latents"][:, :, :m]
+        kappa_gen = torch.where(batch["is_first"], portrait, self.kappa_gen[list(rows)])
+        kappa_teacher, kappa_student = choose_kappas(kappa_gt, kappa_gen, self.cfg)
+        return batch | {"kappa_teacher": kappa_teacher, "kappa_student": kappa_student}
+
+    def advance(self, kappas, step):
+        """After a step, every row goes on with the kappa_gen made for it, or starts again."""
+        for rows, kappa in kappas:
+            self.kappa_gen[list(rows)] = kappa
+        self.cursor[:, 1] += 1
+        for row in torch.where(self.cursor[:, 1] == self.cursor[:, 2])[0].tolist():
+            self.restart(row, step + 1)
+
+    def share(self):
+        """Every process gets the kappa_gen of all rows, for the checkpoint."""
+        if dist.is_initialized():
+            own = [row for rows in self.calls for row in rows]
+            others = torch.ones(len(self.kappa_gen), dtype=torch.bool)
+            others[own] = False
+            self.kappa_gen[others.to(self.kappa_gen.device)] = 0
+            dist.all_reduce(self.kappa_gen)
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+def masked_mean(x, loss_mask):
+    """Mean of x (B, C, F, h, w) over the latents where loss_mask (B, 1, F, 1, 1) is 1 -> (B,)."""
+    weight = loss_mask.expand_as(x)
     return (x * weight).sum((1, 2, 3, 4)) / weight.sum((1, 2, 3, 4))
 
 
-def dmd_gradient(x0, x, v_real, v_fake, sigma, predicted):
-    """Eq. 13, w(t) (s_fake - s_real): the student's x0 descends along it, to the teacher and away from the critic. -> (B, C, F, h, w)
+def dmd_gradient(x0, x, v_real, v_fake, sigma, loss_mask):
+    """Eq. 13, w(t) (s_fake - s_real) -> (B, C, F, h, w). The student's x0 descends along it.
 
-    x (B, C, F, h, w) is x0 with noise sigma (B,), the velocities are what teacher and critic say of it. The scores are Eq. 12's. The weight
-    w(t) = t^2 / (1 - t) / mean |x0 - x0_real| makes of them x0_fake - x0_real in units of the teacher's correction, row by row."""
-    correction = masked_mean((x0 - x0_from_velocity(x, v_real, sigma)).abs(), predicted)           # (B,)
-    weight = sigma ** 2 / (1 - sigma) / correction.clamp(min=1e-6)
-    difference = score_from_velocity(x, v_fake, sigma) - score_from_velocity(x, v_real, sigma)
-    return predicted * weight[:, None, None, None, None] * difference
-
-
-def anchor_loss(x0, truth, delta, predicted):
-    """Eq. 7: Huber's distance to the true latents; e^2 / 2 up to delta, delta (|e| - delta / 2) beyond. -> (B,)"""
-    return masked_mean(torch.nn.functional.huber_loss(x0, truth, reduction="none", delta=delta), predicted)
+    x is x0 with noise sigma (B,); v_real, v_fake are the teacher's and the critic's velocities
+    there; the scores are Eq. 12's. The weight w(t) = t^2 / (1 - t) / mean |x0 - x0_real| turns
+    their difference into x0_fake - x0_real, in units of the teacher's correction, row by row."""
+    distance = (x0 - x0_from_velocity(x, v_real, sigma)).abs()
+    correction = masked_mean(distance, loss_mask).clamp(min=1e-6)               # (B,)
+    weight = sigma ** 2 / (1 - sigma) / correction                              # (B,)
+    s_fake = score_from_velocity(x, v_fake, sigma)
+    s_real = score_from_velocity(x, v_real, sigma)
+    return loss_mask * weight[:, None, None, None, None] * (s_fake - s_real)
 
 
-def ask(model, x, sigma, batch, who, audio=None):
-    """Velocity at x, sigma (B,), with the continuity reference of `who` ("teacher", "student") laid over the head, section 3.2."""
-    x = torch.where(batch["predicted"] > 0, x, batch[who])
-    return model(x, 1000 * sigma, batch["identity"], batch["audio"] if audio is None else audio)
+def dmd_loss(x0, gradient, loss_mask):
+    """A loss with the gradient of Eq. 13: 0.5 (x0 - sg(x0 - g))^2 -> (B,), as in DMD2."""
+    return 0.5 * masked_mean((x0 - (x0 - gradient).detach()).square(), loss_mask)
 
 
-@torch.no_grad()
-def rollout(student, batch, sigmas, follow=0):
-    """Section 3.4: the student's steps as in dit.sample_student, but every row has its own kappa and its own fresh noise.
-
-    follow: so many steps after the first are given the noised truth instead of the last answer (training only). That leaves the head where
-    the true film has it, so that anchor and teacher ask for a face at its place. The price: in use the student meets its own answers only.
-    -> what it was given and what it answered at every step, (B, S, C, F, h, w) each; the last answer is the chunk."""
-    x, given, answers = batch["noise"][:, 0], [], []
-    for step, sigma in enumerate(sigmas):
-        v = ask(student, x, torch.full((len(x),), sigma, device=x.device), batch, "student")
-        x0 = torch.where(batch["predicted"] > 0, x0_from_velocity(x, v, sigma), batch["student"])
-        given, answers = [*given, x], [*answers, x0]
-        basis = batch["latents"] if step < follow else x0
-        x = add_noise(basis, batch["noise"][:, step + 1], sigmas[step + 1]) if step + 1 < len(sigmas) else None
-    return torch.stack(given, 1), torch.stack(answers, 1)
+def regression_loss(x0, truth, delta, loss_mask):
+    """Eq. 7: Huber distance to the true latents: e^2 / 2 up to delta, linear beyond -> (B,)."""
+    error = nnf.huber_loss(x0, truth, reduction="none", delta=delta)
+    return masked_mean(error, loss_mask)
 
 
-def student_loss(student, critic, teacher, batch, cfg):
-    """Eq. 8: L_DMD + lambda_reg L_reg -> (B,), and what to log, (B,) each. Only its gradient means anything: L_DMD is never computed.
+def student_loss(student, critic, teacher, batch, cfg, guide=classifier_free_guidance,
+                 reg_weight=torch.ones_like):
+    """Eq. 8: L_DMD + lambda_reg L_reg -> (B,), and numbers to log, (B,) each.
 
-    The student answers once more at its exit step, this time with gradient. What came before is input: nothing flows into earlier steps."""
-    predicted, sigma = batch["predicted"], batch["sigma"][:, 0]
-    v = ask(student, batch["given"], batch["exit_sigma"], batch, "student")
-    x0 = x0_from_velocity(batch["given"], v, batch["exit_sigma"])                                  # Eq. 9
+    The student repeats its exit step, this time with gradient; earlier steps are input only.
+    reg_weight: exit step (B,) -> weight of Eq. 7 in each row, 1 in the paper."""
+    mask, sigma = batch["loss_mask"], batch["sigma"][:, 0]
+    truth = batch["latents"]
+
+    # PAPER Eq. 9: the student's sample
+    x_t = batch["exit_input"]
+    v = forward(student, x_t, batch["exit_sigma"], batch, batch["kappa_student"])
+    x0 = x0_from_velocity(x_t, v, batch["exit_sigma"])                          # (B, C, F, h, w)
+
     with torch.no_grad():
-        x = add_noise(x0, batch["noise"][:, -2], sigma)                                            # Eq. 11
-        v_fake, v_real = ask(critic, x, sigma, batch, "student"), ask(teacher, x, sigma, batch, "teacher")
+        # PAPER Eq. 11: noise it again
+        x = add_noise(x0, batch["noise"][:, -2], sigma)
+        # PAPER Eq. 12: two scores, under two continuity references
+        v_fake = forward(critic, x, sigma, batch, batch["kappa_student"])
+        v_real = forward(teacher, x, sigma, batch, batch["kappa_teacher"])
         if cfg.guidance != 1:
-            v_deaf = ask(teacher, x, sigma, batch, "teacher", torch.zeros_like(batch["audio"]))
-            guidance = cfg.guidance, cfg.guidance_focus, cfg.liveliness
-            v_real = guided_velocity(v_real, v_deaf, x, sigma, batch["identity"], predicted, *guidance)
-        g = dmd_gradient(x0, x, v_real, v_fake, sigma, predicted)                                  # Eq. 12, 13
-        on = (batch["exit"] >= cfg.anchor_from).float()                                            # (B,), 0: these rows have no anchor
-        pull = cfg.lambda_reg * (x0 - batch["latents"]).clamp(-cfg.delta, cfg.delta)               # the gradient of lambda_reg L_reg
-        rms = {"dmd": masked_mean(g.square(), predicted).sqrt(), "pull": on * masked_mean(pull.square(), predicted).sqrt()}
-    anchor = on * anchor_loss(x0, batch["latents"], cfg.delta, predicted)
-    return masked_mean(g * x0, predicted) + cfg.lambda_reg * anchor, {"anchor": anchor} | rms      # d(g x0) = g
+            no_audio = torch.zeros_like(batch["audio"])
+            v_uncond = forward(teacher, x, sigma, batch, batch["kappa_teacher"], no_audio)
+            v_real = guide(v_real, v_uncond, cfg.guidance,
+                           x=x, sigma=sigma, identity=batch["identity"], loss_mask=mask)
+        # PAPER Eq. 13
+        gradient = dmd_gradient(x0, x, v_real, v_fake, sigma, mask)
+
+    # PAPER Eq. 7, 8
+    weight = reg_weight(batch["exit_step"].float())                             # (B,)
+    regression = weight * regression_loss(x0, truth, cfg.huber_delta, mask)
+    loss = dmd_loss(x0, gradient, mask) + cfg.lambda_reg * regression
+
+    # PLUMBING: the sizes of the two gradients on x0; their ratio says which term dominates
+    reg_gradient = cfg.lambda_reg * (x0 - truth).detach().clamp(-cfg.huber_delta, cfg.huber_delta)
+    return loss, {"regression": regression,
+                  "dmd_grad": masked_mean(gradient.square(), mask).sqrt(),
+                  "reg_grad": weight * masked_mean(reg_gradient.square(), mask).sqrt()}
 
 
 def critic_loss(critic, x0, batch):
-    """Eq. 15: the critic learns the student's chunks x0 (B, C, F, h, w) as the teacher learnt true ones -> (B,)."""
+    """Eq. 15: the critic learns flow matching on the student's x0 (B, C, F, h, w) -> (B,)."""
     x0, eps, sigma = x0.detach(), batch["noise"][:, -1], batch["sigma"][:, 1]
-    v = ask(critic, add_noise(x0, eps, sigma), sigma, batch, "student")                            # Eq. 14
-    return masked_mean((v - velocity(x0, eps)).square(), batch["predicted"])
+    x = add_noise(x0, eps, sigma)                                               # Eq. 14
+    v = forward(critic, x, sigma, batch, batch["kappa_student"])
+    return masked_mean((v - velocity(x0, eps)).square(), batch["loss_mask"])
+
+# --------------------------------------------------------------------------------------------- loop
 
 
 @torch.no_grad()
-def self_generated(vae, z, cfg):
-    """kappa_gen of the chunk after z (B, C, F, h, w), as in infer.py: decoded, and the last n frames encoded anew -> (B, C, m, h, w)."""
-    return continuity_reference(vae, vae.decode(z[:, :, -cfg.tail:]), 4 * cfg.head - 3)
+def validate(student, vae, starts, cfg, autocast, device, path):
+    """Fixed videos with fixed noise, generated as in use -> figures by chunk; a picture at `path`.
 
-# ------------------------------------------------------------------------------------------------------------ checkpoint
-
-class State:
-    """Student and its average, critic, two optimisers, streams: all tensors under names, for one process or FSDP's shards alike."""
-
-    def __init__(self, student, critic, streams, cfg):
-        self.nets, self.streams, self.opt = {"student": student, "critic": critic}, streams, {}
-        self.ema = {k: p.detach().clone() for k, p in student.named_parameters()}
-        self.tensors = {"streams.place": streams.place, "streams.kappa": streams.kappa} | {f"ema.{k}": v for k, v in self.ema.items()}
-        for who, lr in (("student", cfg.lr), ("critic", cfg.lr_critic)):
-            named = dict(self.nets[who].named_parameters())
-            prefix = "blocks." if cfg.optimizer == "muon" else None
-            opt = self.opt[who] = Muon(named, lr, prefix, betas=(0.0, 0.999), weight_decay=0.01)
-            self.tensors |= {f"{who}.{k}": p.detach() for k, p in named.items()}
-            self.tensors |= {f"{who}.optimizer.{key}.{k}": v for k, p in named.items() for key, v in opt.state[p].items()}
-
-
-def export(weights, out, ema, cfg, skip):
-    """OUT/student.safetensors (float16). OUT, if not WEIGHTS itself, gets a copy of its other files, so that infer.py can use it."""
-    if tensors := gather(ema, torch.float16):
-        if out.resolve() != weights.resolve():
-            shutil.copytree(weights, out, ignore=shutil.ignore_patterns("student*", "*.part"), dirs_exist_ok=True)
-        about = {"class": "AudioDiT", "trained": "yes", "steps": str(cfg.steps * cfg.distill), "identity": cfg.identity, "skip": str(skip),
-                 "config": json.dumps(asdict(cfg))}
-        write_safetensors(out / "student.safetensors", tensors, about)
-
-# ----------------------------------------------------------------------------------------------------------------- train
-
-@torch.no_grad()
-def validate(student, vae, films, cfg, autocast, device, path):
-    """Fixed films with fixed noise, in use's conditions -> what must stay level over the chunks of a film; a picture of them at `path`.
-
-    By chunk, error: mean |student - truth| of the latents; colour: mean over channels of |mean colour - the portrait's|, in 1/255.
-    seam: mean frame difference across a border over that inside chunks; 1 is invisible."""
-    pool = Streams([films], [1.0], replace(cfg, seed=1, batch=len(films), micro=len(films), student_sees="gen"), device)
-    pool.place[:, 0] = torch.arange(len(films))
-    error, colour, border, inside, strip, n = [], [], [], [], [], 4 * cfg.head - 3
+    error: mean |student - truth| of the latents; colour: |mean colour - the portrait's|, mean over
+    channels, in 1/255; seam: frame difference across a border over that inside a chunk, 1 is
+    invisible. All must stay level over the chunks of a video."""
+    n = cfg.continuity_frames
+    count = len(starts)
+    own = replace(cfg, seed=1, batch=count, micro_batch=count, student_continuity="gen")
+    buffer = RolloutBuffer(starts, own, device)
+    buffer.cursor[:, 0] = torch.arange(count)
+    sigmas = student_sigmas(cfg.denoising_steps, cfg.timestep_shift)
+    error, colour, border, inside, pictures = [], [], [], [], []
     last = portrait = None
-    for age in range(min(cfg.rollout, *(chunks_left(film, cfg) for film in films))):
-        pool.place[:, 1] = age
-        batch = pool.batch(range(len(films)), age)
+    for index in range(min(cfg.rollout_chunks, *(chunks_left(s, cfg) for s in starts))):
+        buffer.cursor[:, 1] = index
+        batch = buffer.batch(range(count), index)
         with autocast:
-            z = rollout(student, batch, student_sigmas(cfg.denoise, cfg.sample_shift))[1][:, -1]
-        video = vae.decode(z)                                                   # (B, 3, T, H, W)
-        pool.kappa.copy_(continuity_reference(vae, video, n))
-        begin = age * (cfg.frames - n)
-        truth = torch.cat([pixels(film.clip.frames[film.start + begin:][:cfg.frames]) for film in films])          # (B, 3, T, H, W)
-        portrait = truth[:, :, 0].to(device) if age == 0 else portrait          # (B, 3, H, W)
-        error.append(masked_mean((z - batch["latents"]).abs(), batch["predicted"]).mean().item())
-        colour.append(127.5 * (video[:, :, n:].mean((2, 3, 4)) - portrait.mean((2, 3))).abs().mean().item())
-        inside.append(video[:, :, n:].diff(dim=2).abs().mean().item())
-        border += [(video[:, :, n] - last).abs().mean().item()] if age else []
-        last = video[:, :, -1]                                                  # (B, 3, H, W)
-        strip += [torch.stack([truth, video.cpu()], 1)[:, :, :, [cfg.frames // 2, -1]]]             # (B, 2, 3, 2, H, W)
-    if path:                                                                    # None: another process writes it
-        image = torch.cat(strip, 3).permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)             # (3, B 2 H, 2 K W): truth, student, truth, ...
-        save_picture(path, Image.fromarray(infer.to_uint8(image[:, None])[0]))
-    return {"error": np.round(error, 4).tolist(), "colour": np.round(colour, 4).tolist(), "seam": round(float(np.mean(border) / np.mean(inside)), 4)}
+            z = rollout(student, batch, sigmas)[1][:, -1]
+        video = vae.decode(z)                                       # (B, 3, T, H, W)
+        buffer.kappa_gen.copy_(continuity_reference(vae, video, n))
+        begin = index * (cfg.frames - n)
+        truth = torch.cat([to_tensor(s.clip.frames[s.start + begin:][:cfg.frames]) for s in starts])
+        if index == 0:
+            portrait = truth[:, :, 0].to(device)                    # (B, 3, H, W)
+        else:
+            border.append((video[:, :, n] - last).abs().mean().item())
+        new = video[:, :, n:]                                       # the first n are repeated
+        last = video[:, :, -1]
+        error.append(masked_mean((z - batch["latents"]).abs(), batch["loss_mask"]).mean().item())
+        tint = (new.mean((2, 3, 4)) - portrait.mean((2, 3))).abs()
+        colour.append(127.5 * tint.mean().item())
+        inside.append(new.diff(dim=2).abs().mean().item())
+        both = torch.stack([truth, video.cpu()], 1)                 # (B, 2, 3, T, H, W)
+        pictures.append(both[:, :, :, [cfg.frames // 2, -1]])
+    if path:                                                        # None: another process saves it
+        save_image(path, contact_sheet(torch.cat(pictures, 3)))
+    seam = float(np.mean(border) / np.mean(inside))
+    return {"error": np.round(error, 4).tolist(), "colour": np.round(colour, 4).tolist(),
+            "seam": round(seam, 4)}
 
 
-def rise_and_fall(step, cfg):
-    """Both learning rates in parts of their peaks: up, level, and down to zero if cfg.decay > 0."""
-    return min(1, (step + 1) / cfg.warmup, (1 - step / cfg.steps) / max(cfg.decay, 1e-9))
+def contact_sheet(videos):
+    """(B, 2, 3, K, H, W) in [-1, 1] -> a picture of 2 B lines of K frames: truth, student, ..."""
+    lines = videos.permute(2, 0, 1, 4, 3, 5).flatten(4).flatten(1, 3)   # (3, 2 B H, K W)
+    return Image.fromarray(to_uint8(lines[:, None])[0])
 
 
-def students_turn(step, cfg):
-    """One step of every `ratio`, but not always the same one: films restart at a fixed rhythm, and each must be met at every age."""
-    block, place = divmod(step, cfg.ratio)
-    return place == np.random.default_rng((cfg.seed, block)).integers(cfg.ratio)
+def is_student_step(step, cfg):
+    """One step in every cfg.critic_updates, at a random place of each block of so many.
+
+    Roll-outs restart at a fixed rhythm; a fixed place would never train on chunks of some ages."""
+    block, place = divmod(step, cfg.critic_updates)
+    return place == np.random.default_rng((cfg.seed, block)).integers(cfg.critic_updates)
 
 
-def train(cfg, state, teacher, vae, val, run, resume=False, device="cpu", rank=0, world=1):
-    """The loop. state: networks on their device (sharded if world > 1) and streams; val: list of Chunk -> list of the critic's losses."""
+def train(cfg, networks, teacher, vae, buffer, val, run, resume=False, device="cpu", rank=0,
+          rollout=rollout, make_optimizer=make_adamw, **tricks):
+    """The loop -> TrainState, list of the critic's losses.
+
+    networks {"student": ..., "critic": ...} on their device (sharded under torchrun); val: list of
+    data.Chunk that validation videos begin with. rollout, make_optimizer and `tricks` (guide and
+    reg_weight of student_loss) are where tiny/student.py puts its own."""
+    # PLUMBING
     run.mkdir(parents=True, exist_ok=True)
-    for net in (*state.nets.values(), teacher):
+    for net in (*networks.values(), teacher):
         net.gradient_checkpointing = cfg.checkpointing
-        for block in net.blocks if cfg.compile else ():
-            block.compile(dynamic=False)
-    checkpoint, steps = run / "checkpoint.safetensors", cfg.steps * cfg.distill
-    start = load_checkpoint(checkpoint, state.tensors, cfg, FREE, data=state.streams.data) if resume and checkpoint.exists() else 0
+        if cfg.compile:
+            for block in net.blocks:
+                block.compile(dynamic=False)
+    peaks = {"student": cfg.lr, "critic": cfg.lr_critic}
+    extra = {"buffer.cursor": buffer.cursor, "buffer.kappa_gen": buffer.kappa_gen}
+    state = TrainState(networks, peaks, "student", cfg, make_optimizer, extra)
+    checkpoint = run / "checkpoint.safetensors"
+    start = 0
+    if resume and checkpoint.exists():
+        start = load_checkpoint(checkpoint, state.tensors, cfg, MAY_CHANGE, data=buffer.data_hash)
     if rank == 0:
         trim_log(run / "log.jsonl", start)
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cfg.bf16)
-    losses, began, clock, last_save = [], *[time.time()] * 3
-    for step in tqdm(range(start, steps + 1), initial=start, total=steps, unit="step", disable=None if rank == 0 else True):
+    autocast = bf16_autocast(device, cfg.bf16)
+    losses = []
+    began = clock = last_save = time.time()
+    steps = range(start, cfg.steps + 1)
+    for step in tqdm(steps, initial=start, total=cfg.steps, disable=None if rank == 0 else True):
         record = {"step": step}
-        # ------------------------------------------------------------------------------------- evaluate and sample
-        if step % cfg.every == 0 or step == steps:
-            swap(state.nets["student"], state.ema)
-            record["val"] = validate(state.nets["student"], vae, val, cfg, autocast, device, run / "strip.png" if rank == 0 else None)
-            swap(state.nets["student"], state.ema)
-        # --------------------------------------------------------------------------------------------------- save
-        if mean([torch.tensor(time.time() - last_save, device=device)])[0] > 60 * cfg.minutes or step == steps:     # a mean: the same everywhere
-            state.streams.share()
-            save_checkpoint(checkpoint, state.tensors, step, cfg, data=state.streams.data)
+        is_last = step == cfg.steps
+
+        # EVALUATE AND SAMPLE
+        if step % cfg.val_every == 0 or is_last:
+            path = run / "samples.png" if rank == 0 else None
+            with state.ema_weights():
+                student = networks["student"]
+                record["val"] = validate(student, vae, val, cfg, autocast, device, path)
+
+        # SAVE
+        age = torch.tensor(time.time() - last_save, device=device)
+        if all_reduce_mean([age])[0] > 60 * cfg.save_minutes or is_last:    # alike on all processes
+            buffer.share()
+            save_checkpoint(checkpoint, state.tensors, step, cfg, data=buffer.data_hash)
             last_save = time.time()
-        # -------------------------------------------------------------------------------------------------- TRAIN
-        if step < steps:
-            for opt, peak in zip(state.opt.values(), (cfg.lr, cfg.lr_critic)):
-                opt.param_groups[0]["lr"] = peak * rise_and_fall(step, cfg)
-            record["lr"], record["lr_critic"] = (opt.param_groups[0]["lr"] for opt in state.opt.values())
-            record |= train_step(state, teacher, vae, cfg, step, autocast, run, rank)
+
+        # TRAIN
+        if not is_last:
+            factor = learning_rate_factor(step, cfg)
+            for name, optimizer in state.optimizers.items():
+                optimizer.param_groups[0]["lr"] = peaks[name] * factor
+            record |= {"lr": peaks["student"] * factor, "lr_critic": peaks["critic"] * factor}
+            record |= train_step(state, teacher, vae, buffer, cfg, step, autocast, run, rank,
+                                 rollout, tricks)
             losses.append(record["critic"])
-        # ---------------------------------------------------------------------------------------------------- log
+
+        # LOG
         if rank == 0:
             record["seconds"] = round(time.time() - clock, 3)
+            clock = time.time()
             log(run / "log.jsonl", record)
             if "val" in record or step % 50 == 0:
-                pace = (time.time() - began) / (step + 1 - start)               # seconds a step, all in all
-                tqdm.write(" | ".join([f"step {step:5d}/{steps}", *(f"{k} {v}" for k, v in record.items() if k not in ("step", "seconds")),
-                                       f"{cfg.batch / pace:.2f} chunks/s", f"{pace * (steps - step) / 3600:.1f} h left"]))
-            clock = time.time()
-    return losses
+                tqdm.write(log_line(record, cfg.steps, cfg.batch, step + 1 - start, began))
+    return state, losses
 
 
-def train_step(state, teacher, vae, cfg, step, autocast, run, rank):
-    """Every film grows by a chunk; the critic learns it and, at its turn, the student from it. -> numbers for the log"""
-    (student, critic), streams = state.nets.values(), state.streams
-    who, sigmas = ["student", "critic"] if students_turn(step, cfg) else ["critic"], student_sigmas(cfg.denoise, cfg.sample_shift)
+def train_step(state, teacher, vae, buffer, cfg, step, autocast, run, rank, rollout, tricks):
+    """Every video grows by a chunk; the critic learns from it and, at its turn, the student."""
+    student, critic = state.networks["student"], state.networks["critic"]
+    student_turn = is_student_step(step, cfg)
+    trained = ["student", "critic"] if student_turn else ["critic"]
+    sigmas = student_sigmas(cfg.denoising_steps, cfg.timestep_shift)
+    calls = len(buffer.calls)
     parts, kappas = {}, []
-    for opt in state.opt.values():
-        opt.zero_grad(set_to_none=True)
-    for rows in streams.calls:
-        batch = streams.batch(rows, step)
-        with autocast:                                                          # a block each: autocast keeps its casts of the weights to the
-            given, answers = rollout(student, batch, sigmas, cfg.follow)        # end of a block, and those made here lead no gradient
-        pick = torch.arange(len(rows), device=answers.device), batch["exit"]    # every row leaves at its own random step
-        batch |= {"given": given[pick], "exit_sigma": torch.tensor(sigmas, device=answers.device)[batch["exit"]]}
-        new = {}
-        if "student" in who:
-            with autocast:
-                loss, new = student_loss(student, critic, teacher, batch, cfg)
-            (loss.mean() / len(streams.calls)).backward()
+    for optimizer in state.optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    for rows in buffer.calls:
+        batch = buffer.batch(rows, step)
+        # PAPER: the next chunk of every video. Each loss below has its own autocast block: autocast
+        # keeps its copies of the weights to the end of a block, and these ones carry no gradient.
         with autocast:
-            new["critic"] = critic_loss(critic, answers[pick], batch)
-        (new["critic"].mean() / len(streams.calls)).backward()
+            inputs, predictions = rollout(student, batch, sigmas)
+        exits = torch.arange(len(rows), device=inputs.device), batch["exit_step"]
+        batch["exit_input"] = inputs[exits]                         # a random step of each row
+        batch["exit_sigma"] = torch.tensor(sigmas, device=inputs.device)[batch["exit_step"]]
+        new = {}
+        if student_turn:                                            # Eq. 8
+            with autocast:
+                loss, new = student_loss(student, critic, teacher, batch, cfg, **tricks)
+            (loss.mean() / calls).backward()
+        with autocast:                                              # Eq. 15
+            new["critic"] = critic_loss(critic, predictions[exits], batch)
+        (new["critic"].mean() / calls).backward()
+        if cfg.student_continuity == "gen":                         # the video goes on
+            last = predictions[:, -1]
+            kappas.append((rows, next_kappa_gen(vae, last, cfg.continuity_frames)))
         for k, v in new.items():
-            parts[k] = parts.get(k, 0) + v.detach().mean() / len(streams.calls)
-        if cfg.student_sees == "gen":
-            kappas.append((rows, self_generated(vae, answers[:, -1], cfg)))     # the film goes on with the last answer
-    if kappas:                                                                  # its size, about 1: a film that runs away is seen here first
-        parts["kappa"] = torch.cat([kappa for _, kappa in kappas]).square().mean().sqrt()
-    norms = [torch.nn.utils.clip_grad_norm_(state.nets[k].parameters(), 10.0) for k in who]        # 10: as Self-Forcing
-    norms = {f"norm_{k}": (v.full_tensor() if isinstance(v, DTensor) else v).item() for k, v in zip(who, norms)}
-    numbers = dict(zip(parts, mean(parts.values()))) | norms
-    if not np.isfinite(sum(numbers.values())):                                  # kappa, too: before the weights and the films are touched
-        names = ", ".join(streams.starts[streams.place[row, 0]].clip.name for rows in streams.calls for row in rows)
-        raise FloatingPointError(f"{numbers} at step {step}, in the clips {names} (of process {rank}); the weights were not changed, the last "
-                                 f"checkpoint is in {run}")
-    for k in who:
-        state.opt[k].step()
-    for k, p in student.named_parameters() if "student" in who else ():         # step // ratio: its updates before this one
-        state.ema[k].lerp_(p.detach(), 1 - min(cfg.ema, (1 + step // cfg.ratio) / (10 + step // cfg.ratio)))
-    streams.advance(kappas, step)
+            parts[k] = parts.get(k, 0) + v.detach().mean() / calls
+    # PLUMBING
+    if kappas:                                                      # about 1; more: divergence
+        parts["kappa_rms"] = torch.cat([kappa for _, kappa in kappas]).square().mean().sqrt()
+    norms = {f"norm_{k}": clip_gradients(state.networks[k], cfg.grad_clip) for k in trained}
+    numbers = dict(zip(parts, all_reduce_mean(parts.values()))) | norms
+    if not np.isfinite(sum(numbers.values())):                      # before the weights are touched
+        places = [buffer.cursor[row, 0] for rows in buffer.calls for row in rows]
+        names = ", ".join(buffer.starts[place].clip.name for place in places)
+        raise FloatingPointError(
+            f"{numbers} at step {step}, in the clips {names} (of process {rank}); the weights were "
+            f"not changed, the last checkpoint is in {run}")
+    for name in trained:
+        state.optimizers[name].step()
+    if student_turn:
+        state.update_ema(cfg.ema, step // cfg.critic_updates)
+    buffer.advance(kappas, step)
     return {k: round(v, 6) for k, v in numbers.items()}
 
-# ------------------------------------------------------------------------------------------------------------------ main
+# --------------------------------------------------------------------------------------------- main
+
 
 def check(cfg, world):
     """ValueError, in one line, for options that make no sense together."""
-    if cfg.teacher_sees == "gen" and cfg.student_sees == "gt":
-        raise ValueError("--teacher-sees gen --student-sees gt is no row of Table 4: a student of true frames never meets the drift it is taught")
-    counts = (cfg.batch, cfg.micro, cfg.ratio, cfg.rollout - 1, cfg.denoise, cfg.warmup, cfg.every, cfg.val, cfg.sample_shift)
-    if not 1 <= min(counts) <= max(counts) < np.inf or cfg.batch % (cfg.micro * world):
-        raise ValueError(f"batch {cfg.batch} must be a multiple of micro {cfg.micro} x {world} processes; rollout >= 2, sample_shift and counts >= 1")
-    if cfg.distill and not 0 <= cfg.follow < max(1, cfg.denoise - 1):
-        raise ValueError(f"follow {cfg.follow} must be under denoise - 1, {cfg.denoise - 1}, or 0: the last step gets the student's own answer")
-    if not all(0 <= x < np.inf for x in (cfg.guidance_focus, cfg.liveliness)) or not 0 < cfg.delta < np.inf:
-        raise ValueError(f"--guidance-focus {cfg.guidance_focus} and --liveliness {cfg.liveliness} must be 0 or more, --delta {cfg.delta} over 0")
-    if cfg.liveliness != 1 and (cfg.guidance == 1 or cfg.guidance_focus == 0):
-        raise ValueError(f"--liveliness {cfg.liveliness} needs --guidance other than 1 and a --guidance-focus over 0")
-    if 0 < cfg.tail <= cfg.head:
-        raise ValueError(f"tail {cfg.tail} must be 0 or more than head {cfg.head}: the first latent decoded gives one frame only")
+    if cfg.teacher_continuity == "gen" and cfg.student_continuity == "gt":
+        raise ValueError("--teacher-continuity gen --student-continuity gt is no row of Table 4: a "
+                         "student of ground-truth frames never meets the drift that it is taught")
+    counts = (cfg.batch, cfg.micro_batch, cfg.critic_updates, cfg.rollout_chunks - 1,
+              cfg.denoising_steps, cfg.timestep_shift, cfg.score_shift)
+    if not 1 <= min(counts) <= max(counts) < np.inf or cfg.batch % (cfg.micro_batch * world):
+        raise ValueError(f"--batch {cfg.batch} must be a multiple of --micro-batch "
+                         f"{cfg.micro_batch} x {world} processes; --rollout-chunks at least 2, "
+                         "counts and shifts at least 1")
+    if cfg.steps < 0 or not 0 < cfg.huber_delta < np.inf or not 0 <= cfg.lambda_reg < np.inf:
+        raise ValueError(f"--steps {cfg.steps} and --lambda-reg {cfg.lambda_reg} must be 0 or "
+                         f"more, --huber-delta {cfg.huber_delta} over 0")
 
 
-def build_parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", nargs="+", help="folders of clips (see data.py); those of less than two chunks are left out")
-    p.add_argument("--share", nargs="+", type=float, help="how often each folder is drawn (default: equally)")
-    p.add_argument("--cache", nargs="+", help="where data.py's decoded frames lie, one per folder (default: FOLDER/.cache-SIZE)")
-    p.add_argument("--weights", type=Path, default=Path("weights/tiny"), help="folder of config.json, teacher.safetensors and the rest (%(default)s)")
-    p.add_argument("--out", type=Path, help="where student.safetensors goes (default: --weights)")
-    p.add_argument("--run-dir", dest="run", type=Path, default=Path("runs/student"), help="checkpoint, log, pictures (%(default)s)")
-    p.add_argument("--encoded", type=Path, default=Path("runs/teacher/cache"), help="encoded chunks, those of train_teacher.py (%(default)s)")
-    p.add_argument("--preset", choices=PRESETS, default="tiny", help="what the options below are unless given (%(default)s)")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --run-dir")
-    p.add_argument("--plot", action="store_true", help="draw the curves of --run-dir and stop")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if there is one")
-    meaning = dict(re.findall(r"    (\w+): .*?# (.*)", inspect.getsource(StudentConfig)))
-    for field in fields(StudentConfig):
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(field.default, bool) else {"type": type(field.default)}
-        kind |= {"choices": CHOICES[field.name]} if field.name in CHOICES else {}
-        p.add_argument(f"--{field.name.replace('_', '-')}", **kind, help=f"{meaning[field.name]} [{getattr(PRESETS['tiny'], field.name)}]")
-    return p
+def with_teachers_values(cfg, models):
+    """The config with what the teacher's weights decide. ValueError if it says otherwise."""
+    for name in ("continuity_frames", "frames", "identity"):
+        wanted, given = getattr(cfg, name), getattr(models, name)
+        if wanted is not None and wanted != given:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {wanted}, but the teacher was trained with {given}")
+    guidance = models.guidance if cfg.guidance is None else cfg.guidance
+    return replace(cfg, continuity_frames=models.continuity_frames, frames=models.frames,
+                   identity=models.identity, guidance=guidance)
 
 
-def longest(films, cfg):
-    """Those of a list of Chunk that last for K chunks, or as long as any: the shortest film sets how far all are followed, and drift shows late."""
-    most = min(cfg.rollout, max(chunks_left(film, cfg) for film in films))
-    return [film for film in films if chunks_left(film, cfg) >= most]
+def find_starts(files, cfg, models, device, rank, world):
+    """Folders of clips -> chunks that a roll-out can begin with, those of validation videos."""
+    two_chunks = 2 * cfg.frames - cfg.continuity_frames
+
+    def starts_of(clips):
+        clips = [clip for clip in clips if clip.length >= two_chunks and len(clip.audio)]
+        clips = clips[:cfg.overfit or None]
+        if not clips:
+            return []
+        chunks = encode_clips(clips, models.vae, models.audio, temporal_reference_encoding,
+                              files.run_dir.parent / "cache", cfg, device, rank, world)
+        return [c for c in chunks if c.row < len(c.pictures) - 1 and chunks_left(c, cfg) > 1]
+
+    parts = ("all", "all") if cfg.overfit else ("train", "val")
+    train_clips, val_clips = (ClipFolder(files.data, models.size, part).clips for part in parts)
+    starts = starts_of(train_clips)
+    held_out = [chunk for chunk in starts_of(val_clips) if chunk.row == 0] or starts[:1]
+    return starts, longest(held_out, cfg)[:cfg.val_videos]
 
 
-def prepare(args, cfg, device, rank, world):
-    """The teacher and its two copies, the films -> State, teacher, vae, validation films"""
-    models = infer.load(args.weights, "teacher", device, "float32")
-    for name, mine, its in ("frames", cfg.frames, models.frames), ("identity", cfg.identity, models.identity):
-        if mine != its:
-            raise ValueError(f"--{name} {mine}, but the teacher in {args.weights} was trained with {its}")
-    vae, two, found = models.vae, 2 * cfg.frames - 4 * cfg.head + 3, {"train": [], "val": []}
-    for folder, cache in zip(args.data, args.cache or [None] * len(args.data), strict=True):
-        for part, most in (("train", cfg.films), ("val", -(-cfg.val // len(args.data)))):
-            clips = ClipFolder(folder, models.size, "all" if cfg.films else part, cache).clips      # all: validated on what is learnt by heart
-            clips = [clip for clip in clips if clip.length >= two and len(clip.audio)][:most or None]
-            chunks = encode_clips(clips, vae, models.audio, args.encoded, cfg, device, rank, world) if clips else []
-            found[part].append([c for c in chunks if c.row < len(c.pictures) - 1 and chunks_left(c, cfg) > 1])
-    if cfg.bf16:
-        vae.decoder.to(torch.bfloat16)                                          # as infer.py does; the encoder stays float32
-        vae.conv2.to(torch.bfloat16)
-    nets = [shard(copy.deepcopy(models.dit).requires_grad_(True), device, world) for _ in range(2)]
-    streams = Streams(found["train"], args.share or [1.0] * len(args.data), cfg, device, rank, world)
-    held_out = [chunk for chunks in found["val"] for chunk in chunks if chunk.row == 0]
-    val = longest(held_out or streams.starts[:1], cfg)
-    print(f"films can start at: {[len(chunks) for chunks in found['train']]} chunks\n"
-          f"validation films: {len(val)}{'' if held_out else ', of those that are trained on: no other has two chunks'}")
-    return State(*nets, streams, cfg), shard(models.dit, device, world), vae, val
+def longest(starts, cfg):
+    """Those that last for K chunks, or as long as any: the shortest one limits all."""
+    if not starts:
+        return starts
+    most = min(cfg.rollout_chunks, max(chunks_left(start, cfg) for start in starts))
+    return [start for start in starts if chunks_left(start, cfg) >= most]
+
+
+def export(files, ema, cfg):
+    """RUN_DIR/weights, or --out: a folder with all that infer.py needs."""
+    config = json.loads((files.weights / "config.json").read_text(encoding="utf-8"))
+    config["student"] = {"steps": cfg.denoising_steps, "timestep_shift": cfg.timestep_shift}
+    out = files.out or files.run_dir / "weights"
+    export_weights(files.weights, out, "student", ema, cfg, config)
+    return out
+
+
+def decode_like_inference(vae, device, bf16):
+    """The decoder in infer.py's dtype, so that kappa_gen is what inference hands over."""
+    dtype = select_device(device)[1] if bf16 else torch.float32
+    vae.decoder.to(dtype)
+    vae.conv2.to(dtype)
+
+
+def load_networks(models, device, world):
+    """The frozen teacher and two copies of it, student and critic."""
+    networks = {name: copy.deepcopy(models.dit).requires_grad_(True)
+                for name in ("student", "critic")}
+    networks = {name: shard(net, device, world) for name, net in networks.items()}
+    return networks, shard(models.dit, device, world)
 
 
 def main(argv=None):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # kill is Ctrl-C
-    args = build_parser().parse_args(argv)
-    cfg = replace(PRESETS[args.preset], **{f.name: value for f in fields(StudentConfig) if (value := getattr(args, f.name)) is not None})
-    try:
-        if args.plot:
-            return report.plot_student(args.run)
-        if not args.data:
-            raise ValueError("--data is needed: a folder of clips")
-        one_per_folder(args, "share", "cache")
+    files, cfg = parse_args(__doc__, Files, PRESETS, argv)
+    stopped = "stopped; --resume continues from the last checkpoint"
+    with one_line_errors("distill_student.py", stopped):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
-        device, _ = infer.pick(args.device, "auto")
-        rank, world = join(device)
-        state, teacher, vae, val = prepare(args, cfg, device, rank, world)
-        print(f"{cfg}\nparameters: 3 x {sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M")
-        losses = train(cfg, state, teacher, vae, val, args.run, args.resume, device, rank, world)
-        export(args.weights, args.out or args.weights, state.ema, cfg, state.nets["student"].config.skip)
-        print(f"critic_updates: {cfg.steps * cfg.distill}\nstudent_updates: {sum(students_turn(k, cfg) for k in range(cfg.steps * cfg.distill))}\n"
-              f"critic_loss: {np.mean(losses[-50:] or [np.nan]):.4f}\nweights: {(args.out or args.weights) / 'student.safetensors'}")
-    except (OSError, ValueError, KeyError, FloatingPointError, SafetensorError, KeyboardInterrupt) as error:
-        print(f"distill_student.py: {str(error) or 'stopped; --resume goes on from the last checkpoint'}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        device, _ = select_device(files.device)
+        rank, world = init_distributed(device)
+        models = infer.load(files.weights, "teacher", device, "float32")
+        cfg = with_teachers_values(cfg, models)
+        starts, val = find_starts(files, cfg, models, device, rank, world)
+        buffer = RolloutBuffer(starts, cfg, device, rank, world)
+        networks, teacher = load_networks(models, device, world)
+        decode_like_inference(models.vae, device, cfg.bf16)
+        millions = sum(p.numel() for p in teacher.parameters()) / 1e6
+        print(f"{cfg}\nparameters: 3 x {millions:.1f} M\nroll-outs can start at {len(starts)} "
+              f"chunks; validation videos: {len(val)}")
+        state, losses = train(cfg, networks, teacher, models.vae, buffer, val, files.run_dir,
+                              files.resume, device, rank)
+        out = export(files, state.ema, cfg)
+        loss = np.mean(losses[-50:] or [np.nan])
+        student_updates = sum(is_student_step(step, cfg) for step in range(cfg.steps))
+        print(f"critic_updates: {cfg.steps}\nstudent_updates: {student_updates}\n"
+              f"critic_loss: {loss:.4f}\nweights: {out / 'student.safetensors'}")
 
 
 if __name__ == "__main__":
