@@ -1,370 +1,304 @@
-"""One portrait and one recording in, a talking-head video of any length out. Paper section 3.4, "Inference".
+"""Makes a talking-head video of any length from one portrait and one recording. Section 3.4.
 
-    python infer.py --image me.jpg --audio speech.wav              writes talking.mp4
+    python infer.py --image me.jpg --audio speech.wav               writes talking.mp4
 
-The chunk loop is all there is:
-    z_id  = E(film of the portrait)                                 once                            Eq. 3, tre.py
-    kappa = first latent of z_id                                    the cold start
+The chunk loop is the whole method:
+
+    z_id  = E(the portrait, T times)                                once: Eq. 3, tre.py
+    kappa = the first latent of z_id                                of the first chunk
     for each chunk of T frames (81; the small preset: 33):
-        z = the student's 4 steps from noise, given audio, z_id, kappa                              dit.py
-        frames = D(z); the first n are the last n of the chunk before: drop them, write the others as they come
-        kappa = E(last n frames)                                    decoded, then encoded anew      section 3.2, Appendix D
-Memory does not grow with the length, but for the recording itself (230 MB an hour). There are always ceil(seconds * 25) frames. Also a library:
-    for frames in generate(load("weights/tiny"), image, audio): ...                                 uint8 (T, H, W, 3)
+        z = the student's 4 steps from noise, given audio, z_id and kappa           dit.py
+        frames = D(z)       the first n are the last n of the chunk before: drop them
+        kappa = E(the last n frames)                                section 3.2, Appendix D
+
+The video has ceil(seconds * 25) frames. Memory does not grow with its length, except for the
+recording itself (230 MB an hour). It is also a library:
+
+    for frames in generate(load("weights/tiny"), image, audio):     # uint8 (T', H, W, 3)
 """
-import argparse
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
-import warnings
-from collections import defaultdict
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-import av
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+import tyro
+from safetensors import safe_open
 from tqdm import tqdm
 
-from audio import AudioEncoder, encoder_of, load_audio
-from data import FORMATS, MAX_PIXELS
-from dit import AudioDiT, DiTConfig, sample_student, sample_teacher, student_sigmas
+import common
+from audio import AudioEncoder, load_audio, load_audio_encoder
+from data import FPS, HOP, to_uint8
+from dit import (
+    AudioDiT,
+    DiTConfig,
+    classifier_free_guidance,
+    sample_student,
+    sample_teacher,
+    student_sigmas,
+)
 from tre import IDENTITY, continuity_reference
 from vae import WanVAE, load_vae
 
-FPS, HOP = 25, 640                                                              # frames a second; samples a frame at 16 kHz
-CHUNK = 81                                                                      # frames a chunk, 21 latents, unless config.json says otherwise
-MADE_BY = "Synthetic video: a machine animated one picture to one recording (AsymTalker, arXiv 2605.02948)."
-
-# ---------------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
 
 @dataclass
 class Models:
+    """All that generate() needs. dataclasses.replace(models, steps=8) makes a variant."""
     vae: WanVAE
     dit: AudioDiT
     audio: AudioEncoder
-    network: str                                                                # "student" or "teacher"
-    size: int                                                                   # pixels along each side of the video
-    trained: bool                                                               # False: first weights, the face will not talk yet
-    frames: int = CHUNK                                                         # T, frames a chunk: as many as it was trained on
-    identity: str = "tre"                                                       # identity reference that it was trained with
-    shift: float = 5.0                                                          # of the student's noise levels, as its weights say
-
-
-def pick(device, dtype):
-    """"auto" -> the best there is. bfloat16 only where the processor multiplies in it; the time path and the encoder stay float32."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    elif device != "cpu" and not getattr(torch, device).is_available():
-        raise ValueError(f"there is no {device} device here: try --device cpu")
-    if dtype == "auto":
-        can = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = device == "cuda" or device == "cpu" and (can.get("avx512_bf16") or can.get("amx_bf16"))
-        dtype = "bfloat16" if fast else "float32"
-    return device, getattr(torch, dtype)
+    network: str                        # "student" or "teacher"
+    size: int                           # pixels along each side of the video
+    trained: bool                       # False: initial weights, the video will be noise
+    frames: int                         # T, frames of a chunk
+    identity: str                       # identity reference, "tre" (Eq. 3) or "etr" (Eq. 29)
+    continuity_frames: int              # n = 4k + 1, frames that two chunks share
+    steps: int                          # denoising steps of a chunk
+    timestep_shift: float               # 1: even noise levels, more: denser near noise
+    guidance: float = 1.0               # the teacher's audio guidance, 1 = none
+    guide: Callable = classifier_free_guidance                      # the teacher's guidance rule
 
 
 def load(weights="weights/tiny", network="student", device="auto", dtype="auto"):
-    """A folder of weights (config.json, vae / student / teacher .safetensors, whisper/) -> Models. The process keeps its freed memory from then on.
+    """A folder (config.json, vae / student / teacher .safetensors, audio encoder) -> Models.
 
-    FileNotFoundError or ValueError, in one line, if a part is missing or does not fit its config."""
-    from safetensors import SafetensorError, safe_open
+    The process keeps its freed memory from then on. FileNotFoundError or ValueError, in one line,
+    if a part is missing or the parts do not fit together."""
     folder = Path(weights)
-    device, dtype = pick(device, dtype)
-    keep_freed_memory()
+    device, dtype = common.select_device(device, dtype)
+    common.keep_freed_memory()
     for name in ("config.json", "vae.safetensors", f"{network}.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no weights in {folder}: {name} is missing")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        audio_name = str(config["audio"])
+        settings = read_settings(config, network)
         vae = load_vae(folder, device)
-        with torch.device("meta"):                                              # no time spent on random weights that are replaced
-            dit = AudioDiT(DiTConfig(**config["dit"]))
-        with safe_open(folder / f"{network}.safetensors", "pt") as file:
-            tensors = {k: file.get_tensor(k).float() for k in file.keys()}
-            about = file.metadata() or {}
-            trained, identity = about.get("trained") != "no", about.get("identity", "tre")
-            shift = float(json.loads(about.get("config", "{}")).get("sample_shift", 5.0))
-        dit.load_state_dict(tensors, assign=True)
-        if (skip := float(about.get("skip", dit.config.skip))) != dit.config.skip:              # no tensor's shape would tell
-            raise ValueError(f"{network}.safetensors was made with skip {skip:g}, config.json says {dit.config.skip:g}")
-        heard, size, frames = str(config["audio"]), int(config["size"]), int(config.get("frames", CHUNK))
-        if size < 16 or size % 16 or frames % 4 != 1 or frames < 5 or not 1 <= shift < np.inf or vae.config.z_dim != dit.config.channels:
-            raise ValueError(f"size {size} (a multiple of 16), frames {frames} (4k + 1), shift {shift} (1 or more) or the number of latent channels")
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, SafetensorError) as error:
+        dit, guide, trained = load_dit(folder / f"{network}.safetensors", config)
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} has no {error}") from None
+    except Exception as error:          # whatever a damaged file or a wrong number raises
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the weights in {folder} do not fit together: {type(error).__name__}: {reason}") from None
-    audio = encoder_of(folder, heard, device)                                   # its errors name the encoder: no second sentence
-    if (audio.layers, audio.dim) != (dit.config.audio_layers, dit.config.audio_dim):
-        raise ValueError(f"the weights in {folder} do not fit together: the generator hears {dit.config.audio_layers} x "
-                         f"{dit.config.audio_dim} audio features, the audio encoder makes {audio.layers} x {audio.dim}")
+        raise ValueError(f"the weights in {folder} do not fit together: {reason}") from None
+    audio = load_audio_encoder(folder, audio_name, device)
+    made = vae.config.z_dim, audio.layers, audio.dim
+    read = dit.config.channels, dit.config.audio_layers, dit.config.audio_dim
+    if made != read:
+        raise ValueError(f"the weights in {folder} do not fit together: the {network} reads {read} "
+                         f"latent channels, audio layers and numbers in a layer, not {made}")
     dit = dit.to(device).eval().requires_grad_(False).cast_matrices(dtype)
-    vae.decoder.to(dtype)                                                       # a bfloat16 decoder is safe; a bfloat16 *encoder* would
-    vae.conv2.to(dtype)                                                         # add its rounding to every chunk's kappa, and drift
-    return Models(vae, dit, audio, network, size, trained, frames, identity, shift)
+    vae.decoder.to(dtype)               # the encoder stays float32: its rounding would enter
+    vae.conv2.to(dtype)                 # every kappa, and the video would drift
+    return Models(vae, dit, audio, network, trained=trained, guide=guide, **settings)
 
 
-def load_image(path, size):
-    """A picture of one of FORMATS (also CMYK, palette, transparent, turned by EXIF) -> float32 (1, 3, size, size) in [-1, 1]: the centre square.
-
-    The small preset knows faces that fill about half the height of the square, eyes a little above the middle.
-    FileNotFoundError, or ValueError for what is not a picture, under 16 px or over 100 megapixels."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such picture: {path}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                                     # Pillow's own warnings on size: we have our limit
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{path} has {image.width} x {image.height} pixels: scale it down first")
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith(("I", "F")):                           # 16 and 32 bits a pixel: Pillow would cut, not scale
-                    image = Image.fromarray(np.uint8(255 * to_unit(np.asarray(image, np.float32))))
-                if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                image = image.convert("RGB")
-    except Image.DecompressionBombError:
-        raise ValueError(f"{path} has far too many pixels: scale it down first") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture that can be read: {', '.join(FORMATS)}") from None
-    except (OSError, SyntaxError, EOFError, RuntimeError, MemoryError) as error:     # what Pillow's formats raise for damaged files
-        raise ValueError(f"{path} cannot be read as a picture: {str(error) or type(error).__name__}") from None
-    if min(image.size) < 16:
-        raise ValueError(f"{path} is only {image.width} x {image.height} pixels: a face needs more")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)         # centre square, then scale
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+def read_settings(config, network):
+    """config.json -> the numbers in Models. KeyError if one is missing, ValueError if it is bad."""
+    settings = {key: config[key] for key in ("size", "frames", "continuity_frames", "identity")}
+    settings |= {key: config[network][key] for key in ("steps", "timestep_shift")}
+    if network == "teacher":
+        settings["guidance"] = config["teacher"]["guidance"]
+    size, T, n = settings["size"], settings["frames"], settings["continuity_frames"]
+    rules = {"size must be a multiple of 16": size >= 16 and size % 16 == 0,
+             "frames must be 4k + 1, 5 or more": T >= 5 and T % 4 == 1,
+             "continuity_frames must be 4k + 1, fewer than frames": 1 <= n < T and n % 4 == 1,
+             "identity must be tre or etr": settings["identity"] in IDENTITY,
+             "steps must be 1 or more": settings["steps"] >= 1,
+             "timestep_shift must be 1 or more": 1 <= settings["timestep_shift"] < float("inf")}
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise ValueError(f"config.json: {', '.join(broken)}")
+    return settings
 
 
-def to_unit(x):
-    """Grey values of a deep picture -> [0, 1]: by the 16-bit scale if they use it, else from the darkest to the brightest."""
-    low, high = (0, 65535) if x.min() >= 0 and 255 < x.max() <= 65535 else (np.nanmin(x), np.nanmax(x))
-    return np.nan_to_num(np.clip((x - low) / max(high - low, 1e-9), 0, 1))
+def load_dit(path, config):
+    """NETWORK.safetensors -> (network, float32 on the CPU; its guidance rule; is it trained).
 
+    A block "tiny" in config.json is what the shipped weights need and the paper has not."""
+    size = DiTConfig(**config["dit"])
+    tiny = config.get("tiny")
+    with torch.device("meta"):          # no time for random weights that are replaced at once
+        if tiny:
+            from tiny.model import TinyDiT, make_guide
+            dit = TinyDiT(size, tiny["edm_skip"])
+            guide = make_guide(tiny["guidance_sharpness"], tiny["motion_guidance"])
+        else:
+            dit, guide = AudioDiT(size), classifier_free_guidance
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+        trained = (file.metadata() or {}).get("trained") != "no"
+    dit.load_state_dict(tensors, assign=True)
+    return dit, guide, trained
 
-# ------------------------------------------------------------------------------------------------------------------ loop
-
-
-class Stopwatch(defaultdict):
-    """Seconds by stage: `with clock("decode"): ...`"""
-
-    def __init__(self):
-        super().__init__(float)
-
-    @contextmanager
-    def __call__(self, stage):
-        start = self.now()
-        yield
-        self[stage] += self.now() - start
-
-    @staticmethod
-    def now():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()                                            # a GPU returns before it has done its work
-        return time.perf_counter()
+# --------------------------------------------------------------------------------------------- loop
 
 
 @torch.inference_mode()
-def generate(models, image, audio, steps=4, seed=0, continuity_frames=9, handover="reencode", identity="auto", guidance=4.0,
-             guidance_focus=16.0, liveliness=1.4, clock=None):
-    """The chunk loop. Yields uint8 (T, H, W, 3) pieces, ceil(samples / 640) frames in all.
+def generate(models, image, audio, seed=0, steps=None, guidance=None, continuity_mode="reencode",
+             clock=None):
+    """The chunk loop. Yields uint8 (T', H, W, 3) pieces, ceil(samples / 640) frames in all.
 
-    image (1, 3, H, W) in [-1, 1]; audio (samples,) float32 at 16 kHz. continuity_frames n = 4k+1 (1, 5, 9, 13) frames, handed over by
-    handover "reencode" (the paper's) or "latents" (the last latents as they are: Appendix D's comparison). identity "tre", "etr", or
-    "auto", the one that the network was trained with.
-    guidance, guidance_focus, liveliness (see dit.guided_velocity) and steps > 4 are the teacher's. Same seed, same frames. ValueError, at the
-    first frame, for values outside these."""
-    n, m = continuity_frames, 1 + (continuity_frames - 1) // 4                  # kappa holds m latents = n frames
-    T, identity = models.frames, models.identity if identity == "auto" else identity
-    if n % 4 != 1 or not 1 <= n < T:
-        raise ValueError(f"continuity frames must be 1, 5, 9, 13, ... and fewer than the {T} of a chunk, not {n}")
-    if handover not in ("reencode", "latents") or identity not in IDENTITY:
-        raise ValueError("handover must be reencode or latents, identity auto, tre or etr")
-    if steps < 1 or not 0 <= seed < 2**63 or not 0 <= guidance_focus < np.inf or not 0 <= liveliness < np.inf:
-        raise ValueError("steps must be at least 1, the seed in [0, 2^63), guidance_focus and liveliness 0 or more")
-    clock = Stopwatch() if clock is None else clock                             # (an empty dict is false)
-    image = image.to(device := models.vae.stats.device)
-    generator = torch.Generator().manual_seed(seed)                             # on the CPU: the same noise on every machine
-    total, start = -(-len(audio) // HOP), 0                                     # ceil; first frame of this chunk
-    with clock("identity"):
-        z_id = IDENTITY[identity](models.vae, image, T)                         # (1, C, F, h, w)
-    kappa = z_id[:, :, :1]                                                      # cold start: the portrait itself is frame 0
-    while True:
-        with clock("audio"):
-            heard = models.audio.features(audio, start, T)[None]                # (1, T, L, A); zeros after the end
-        noise = torch.randn(z_id.shape, generator=generator).to(device)
-        with clock("dit"):
-            if models.network == "teacher":
-                z = sample_teacher(models.dit, noise, z_id, heard, kappa, steps, guidance=guidance, focus=guidance_focus, liveliness=liveliness)
-            else:
-                z = sample_student(models.dit, noise, z_id, heard, kappa, student_sigmas(steps, models.shift), generator)
-        if not torch.isfinite(z).all():
-            raise ValueError("the generator made NaN: broken weights, or a --dtype that is too narrow")
-        made, tail = start, None                                                # frames decoded so far; the last n of them
-        done = start + n if start else 0                                        # what chunk i-1 has already given
-        pieces = models.vae.decode_stream(z)
-        while made < min(start + T, total):                                     # past the recording's end nothing is decoded
-            with clock("decode"):
-                video = next(pieces)                                            # (1, 3, 1 or 16, H, W)
-            first, made = made, made + video.shape[2]
-            tail = video if tail is None else torch.cat([tail, video], 2)[:, :, -n:]
-            if made > done:
-                yield to_uint8(video[0, :, max(0, done - first):total - first])
-        if made >= total:
-            return
-        with clock("re-encode"):
-            kappa = continuity_reference(models.vae, tail, n) if handover == "reencode" else z[:, :, -m:]
-        start += T - n
+    image (1, 3, H, W) in [-1, 1]; audio (samples,) float32 at 16 kHz. steps, guidance: None is what
+    the weights say; the student takes no guidance. continuity_mode "reencode" is the paper's,
+    "latents" takes the last latents as they are, Appendix D's comparison. clock: a Stopwatch.
+    Same seed, same frames. ValueError, at the first frame, for values outside these."""
+    # PLUMBING: options, and the stages, each timed by the clock
+    steps = models.steps if steps is None else steps
+    check_options(models, seed, steps, guidance, continuity_mode)
+    guidance = models.guidance if guidance is None else guidance
+    generator = torch.Generator().manual_seed(seed)                 # CPU: same noise everywhere
+    image = image.to(models.vae.stats.device)
+    clock = common.Stopwatch() if clock is None else clock          # (an empty one is false)
+    encode_identity = clock("identity")(IDENTITY[models.identity])
+    encode_audio = clock("audio")(models.audio.features)
+    denoise = clock("dit")(sample)
+    reencode = clock("re-encode")(continuity_reference)
+
+    # PAPER section 3.4
+    T, n = models.frames, models.continuity_frames
+    m = 1 + (n - 1) // 4                                            # latents of n frames
+    total = -(-len(audio) // HOP)                                   # frames of the video: ceil
+    shown = 0                                                       # of them yielded so far
+    tail = image[:, :, None][:, :, :0]                              # (1, 3, <= n, H, W), newest
+    z_id = encode_identity(models.vae, image, T)                    # (1, C, F, h, w), Eq. 3
+    kappa = z_id[:, :, :1]                                          # frame 0 is the portrait
+    for start in range(0, total, T - n):                            # first frame of the chunk
+        features = encode_audio(audio, start, T)[None]              # (1, T, L, A), 0 after the end
+        noise = torch.randn(z_id.shape, generator=generator).to(image.device)
+        z = denoise(models, noise, z_id, features, kappa, steps, guidance, generator)
+        end = start                                                 # of what is decoded
+        for video in decode(models.vae, z, min(T, total - start), clock):
+            new = video[0, :, max(0, shown - end):total - end]      # without those shown before
+            end += video.shape[2]
+            shown += new.shape[1]
+            tail = torch.cat([tail, video], 2)[:, :, -n:]
+            if new.shape[1]:
+                yield to_uint8(new)
+        if shown == total:
+            return                                                  # that was the last chunk
+        if continuity_mode == "reencode":
+            kappa = reencode(models.vae, tail, n)                   # (1, C, m, h, w), section 3.2
+        else:
+            kappa = z[:, :, -m:]                                    # Appendix D's comparison
 
 
-def to_uint8(video):
-    """(3, T, H, W) in [-1, 1] -> uint8 (T, H, W, 3) on the CPU."""
-    return ((video + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu().numpy()
+def check_options(models, seed, steps, guidance, continuity_mode):
+    """ValueError for options of generate() that it cannot follow."""
+    if guidance is not None and models.network == "student":
+        raise ValueError("the student takes no --guidance: it has learned the teacher's")
+    if steps < 1 or not 0 <= seed < 2**63 or continuity_mode not in ("reencode", "latents"):
+        raise ValueError("steps must be 1 or more, the seed in [0, 2^63), "
+                         "continuity_mode reencode or latents")
 
 
-# ------------------------------------------------------------------------------------------------------------------ file
+def sample(models, noise, z_id, features, kappa, steps, guidance, generator):
+    """noise (1, C, F, h, w) -> clean latents of a chunk, by the sampler of the network."""
+    shift = models.timestep_shift
+    if models.network == "teacher":
+        z = sample_teacher(models.dit, noise, z_id, features, kappa, steps, shift, guidance,
+                           models.guide)
+    else:
+        sigmas = student_sigmas(steps, shift)
+        z = sample_student(models.dit, noise, z_id, features, kappa, sigmas, generator)
+    if not torch.isfinite(z).all():
+        raise ValueError("the network made NaN: broken weights, or a --dtype that is too narrow")
+    return z
 
 
-class Mp4Writer:
-    """H.264 + AAC, written as frames come, with the recording beside them, under a temporary name that close() turns into the real one."""
+def decode(vae, z, frames, clock):
+    """D(z) in pieces (1, 3, 1 or 16, H, W), until there are `frames`: none past the recording."""
+    pieces = vae.decode_stream(z)
+    made = 0
+    while made < frames:
+        with clock("decode"):
+            video = next(pieces)
+        made += video.shape[2]
+        yield video
 
-    def __init__(self, path, size, audio):
-        self.path, self.audio, self.frames = Path(path), audio, 0
-        self.part = self.path.with_name(f".{self.path.stem}.{os.getpid()}.part.mp4")
-        self.container = av.open(str(self.part), "w", options={"movflags": "faststart"})
-        self.container.metadata["comment"] = MADE_BY
-        self.video = self.container.add_stream("libx264", FPS, options={"crf": "18", "preset": "veryfast"})
-        self.video.width = self.video.height = size
-        self.video.pix_fmt = "yuv420p"
-        self.sound = self.container.add_stream("aac", 16000, layout="mono")
-        self.sound.bit_rate = 64000
+# --------------------------------------------------------------------------------------------- main
 
-    def write(self, frames):                                                    # uint8 (T, H, W, 3)
-        for frame in frames:
-            self.container.mux(self.video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))))
-            piece = self.audio[self.frames * HOP:(self.frames + 1) * HOP]       # sound goes along, frame by frame: O(1) memory
-            if len(piece):
-                block = av.AudioFrame.from_ndarray(np.ascontiguousarray(piece[None], np.float32), "fltp", "mono")
-                block.sample_rate, block.pts = 16000, self.frames * HOP
-                self.container.mux(self.sound.encode(block))
-            self.frames += 1
-
-    def close(self, keep=True):
-        """keep=False (an error, or nothing made yet) leaves no file; keep=True leaves a playable one, also after Ctrl-C."""
-        try:
-            if keep and self.frames:
-                self.container.mux(self.video.encode(None))
-                self.container.mux(self.sound.encode(None))
-            self.container.close()
-            if keep and self.frames:
-                os.replace(self.part, self.path)
-        finally:
-            self.part.unlink(missing_ok=True)                                   # gone already if it was renamed
+FromWeights = tyro.conf.arg(metavar="NUMBER", help_behavior_hint="(default: as in the weights)")
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
+@dataclass(frozen=True)
+class Options:
+    image: Path                         # portrait (jpg, png, webp ...): one face that looks ahead
+    audio: Path                         # recording (wav, flac, mp3, ogg, m4a, mp4 ...)
+    out: Path = Path("talking.mp4")     # video to write (H.264 and AAC), as long as the recording
+    weights: Path = Path(__file__).parent / "weights/tiny"          # folder with config.json
+    network: Literal["student", "teacher"] = "student"              # which one makes the video
+    steps: Annotated[int | None, FromWeights] = None                # denoising steps of a chunk
+    guidance: Annotated[float | None, FromWeights] = None           # audio guidance, teacher only
+    continuity_mode: Literal["reencode", "latents"] = "reencode"    # kappa: the paper's or App. D's
+    seed: int = 0                       # same seed, same video
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"          # auto: a GPU if there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"          # of network and decoder
+    compile: bool = False               # torch.compile the network: slow start, faster chunks
+    bench: bool = False                 # print seconds by stage, first-frame latency, peak memory
 
 
-def build_parser():
-    p = argparse.ArgumentParser(description="One portrait and one recording in, a talking-head video out (arXiv 2605.02948).",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    needed = {"required": True, "default": argparse.SUPPRESS}                   # its help shall not end in "(default: None)"
-    p.add_argument("--image", **needed, help="a portrait, jpg, png, webp, ...: one face, looking into the camera")
-    p.add_argument("--audio", **needed, help="a recording, wav, flac, mp3, ogg, m4a, mp4, ...: its length is the video's")
-    p.add_argument("--out", default="talking.mp4", help="the video to write (H.264 + AAC)")
-    p.add_argument("--weights", default=Path(__file__).parent / "weights" / "tiny", help="folder of weights (config.json and *.safetensors)")
-    p.add_argument("--network", choices=["student", "teacher"], default="student", help="which generator of that folder makes the video")
-    p.add_argument("--steps", type=int, default=4, help="denoising steps a chunk; the teacher wants 20 to 50")
-    p.add_argument("--guidance", type=float, default=4.0, help="audio guidance of the teacher, 1 = none; the student has none")
-    p.add_argument("--guidance-focus", type=float, default=16.0, help="how narrowly it guides where the sound is heard: the lips; 0: everywhere")
-    p.add_argument("--liveliness", type=float, default=1.4, help="factor on all else that differs from the portrait; with a focus only; 1: none")
-    p.add_argument("--seed", type=int, default=0, help="same seed, same video; another seed moves the head differently")
-    p.add_argument("--continuity-frames", type=int, default=9, help="frames handed from chunk to chunk: 1, 5, 9 or 13")
-    p.add_argument("--handover", choices=["reencode", "latents"], default="reencode", help="hand them over decoded and encoded anew, or as latents")
-    p.add_argument("--identity", choices=["auto", *IDENTITY], default="auto", help="identity reference: Eq. 3, or encode-then-repeat, Eq. 29; "
-                   "auto: the one that was trained with")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute; auto: a GPU if there is one")
-    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of generator and decoder; auto: bfloat16 if it is fast")
-    p.add_argument("--compile", action="store_true", help="torch.compile the generator: slower start, faster chunks")
-    p.add_argument("--bench", action="store_true", help="print frames a second, split by stage, first-frame latency, peak memory")
-    return p
-
-
-def peak_memory():
-    try:
-        from resource import RUSAGE_SELF, getrusage  # not on Windows
-    except ImportError:
-        return "unknown"
-    unit = 2**20 if sys.platform == "darwin" else 2**10                         # macOS counts bytes, Linux KiB
-    return f"{getrusage(RUSAGE_SELF).ru_maxrss / unit:.0f} MiB"
-
-
-def run(args):
-    begin = time.perf_counter()
-    out = Path(args.out)
-    audio = load_audio(args.audio)
+def prepare(options):
+    """Flags -> (models, image, audio). Notes on stderr; ValueError for an impossible --out."""
+    out = options.out
+    audio = load_audio(options.audio)
     if not os.access(out.parent, os.W_OK) or out.exists() and not out.is_file():
         raise ValueError(f"cannot write to {out}")
-    if out.exists() and any(out.samefile(p) for p in (args.audio, args.image) if Path(p).exists()):
+    if out.resolve() in (options.audio.resolve(), options.image.resolve()):
         raise ValueError(f"{out} is one of the inputs: choose another --out")
-    models = load(args.weights, args.network, args.device, args.dtype)
-    image = load_image(args.image, models.size)
+    models = load(options.weights, options.network, options.device, options.dtype)
+    image = common.load_image(options.image, models.size)
     if not models.trained:
-        print(f"note: the {models.network} in {args.weights} is untrained: expect coloured fog, not a face", file=sys.stderr)
-    if args.compile:
+        print(f"note: this {models.network} is untrained: the video is noise", file=sys.stderr)
+    if models.network == "student" and options.steps not in (None, models.steps):
+        print(f"note: this student was distilled for {models.steps} steps", file=sys.stderr)
+    if options.compile:
         models.dit.compile(dynamic=False)
-    clock, first, ready = Stopwatch(), None, time.perf_counter()
-    pieces = generate(models, image, audio, args.steps, args.seed, args.continuity_frames, args.handover, args.identity,
-                      args.guidance, args.guidance_focus, args.liveliness, clock)
-    writer, keep = Mp4Writer(out, models.size, audio), False
+    return models, image, audio
+
+
+def run(options):
+    began = time.perf_counter()
+    models, image, audio = prepare(options)
+    ready = time.perf_counter()
+    clock = common.Stopwatch()
+    pieces = generate(models, image, audio, options.seed, options.steps, options.guidance,
+                      options.continuity_mode, clock)
+    writer = common.Mp4Writer(options.out, models.size, audio)
     try:
         with tqdm(total=-(-len(audio) // HOP), unit="frame", disable=None) as bar:
             for frames in pieces:
-                first = first or time.perf_counter()
+                if not writer.frames:
+                    first = time.perf_counter() - ready
                 with clock("write"):
                     writer.write(frames)
                 bar.update(len(frames))
-        keep = True
-    except KeyboardInterrupt:
-        keep = True
+    except BaseException as error:
+        writer.close(keep=isinstance(error, KeyboardInterrupt))
         raise
-    finally:
-        with clock("write"):
-            writer.close(keep)
-        if keep and writer.frames:
-            seconds = time.perf_counter() - ready
-            print(f"video: {out}\nframes: {writer.frames}\nseconds: {writer.frames / FPS:.2f}\nframes_per_second: {writer.frames / seconds:.1f}")
-    if args.bench:
+    with clock("write"):
+        writer.close()
+    seconds = time.perf_counter() - ready
+    print(f"video: {options.out}\nframes: {writer.frames}\nseconds: {writer.frames / FPS:.2f}")
+    print(f"frames_per_second: {writer.frames / seconds:.1f}")
+    if options.bench:
         for stage, spent in clock.items():
             print(f"{stage}_seconds: {spent:.2f}\n{stage}_share: {spent / seconds:.3f}")
-        print(f"load_seconds: {ready - begin:.2f}\nfirst_frame_seconds: {first - ready:.2f}\npeak_memory: {peak_memory()}")
-
-
-def keep_freed_memory():
-    """glibc hands big freed buffers back to the system and gets them again page by page, zeroed: a tenth to a fifth of the decoding time."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        if libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 32 << 20):             # M_MMAP_THRESHOLD; an older glibc takes no more than 32 MiB
-            libc.mallopt(-1, 1 << 30)                                           # M_TRIM_THRESHOLD
+        print(f"load_seconds: {ready - began:.2f}\nfirst_frame_seconds: {first:.2f}")
+        print(f"peak_memory: {common.peak_memory()}")
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # `kill` ends as Ctrl-C does: no hidden part file stays behind
-    try:
-        run(args)
-    except (ValueError, OSError, av.error.FFmpegError) as error:
-        print(f"infer.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("infer.py: stopped; if a video was begun, it is kept", file=sys.stderr)
-        raise SystemExit(130) from None
+    options = tyro.cli(Options, args=argv, prog="infer.py", description=__doc__,
+                       config=(tyro.conf.FlagCreatePairsOff,))
+    with common.one_line_errors("infer.py", "stopped; if a video was begun, it is kept"):
+        run(options)
 
 
 if __name__ == "__main__":
