@@ -1,0 +1,1 @@
+"""Training clips without footage of real people: portraits and speech become animated puppets."""
