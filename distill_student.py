@@ -12,7 +12,8 @@ Paper section 3.4 and Appendix C; Equations 6 to 15.
 
 Three networks start as the teacher and look at the same chunk, but not after the same frames:
 
-    student  generates it in 4 steps from noise, after its *own* last frames (kappa_gen), as in use;
+    student  generates it in 4 steps from noise, after its *own* last frames (kappa_gen), as at
+             inference;
              trained by Eq. 8
     critic   estimates the score of what the student generates after such frames;
              trained by Eq. 15, more often than the student
@@ -24,8 +25,11 @@ causal student asymmetric; here the networks are alike, and the *context* is asy
 
 Each row of a batch is a video in progress (RolloutBuffer): a clip's portrait and audio, and the
 student's frames so far. A step generates the next chunk of each row and trains on it; after K
-chunks the video starts again, as infer.py starts. So kappa_gen costs one decode, not a new
-roll-out.
+chunks, or at the clip's end, another video begins, as infer.py begins. So kappa_gen costs one
+decode, not a new roll-out. In a first chunk both kappas are the portrait: nothing is asymmetric.
+
+Of the S steps that generate a chunk, one is drawn for each row, the exit step. Its prediction of x0
+is the sample of Eq. 9 that the losses see; it is repeated with gradient, the others are input.
 
 Shapes: B batch, T pixel frames, F = 1 + (T-1)/4 latent frames, C channels, H W pixels,
         h w latent grid, m continuity latents = n = 4m - 3 frames, S the student's steps.
@@ -102,12 +106,13 @@ class Files:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
 
 
+# PresetOnly: set by the preset, no flag. "not in our copy": see train_teacher.py.
 @dataclass(frozen=True)
 class StudentConfig:
     steps: int = 240                        # critic updates (paper: 1,600, of which is not said)
     critic_updates: int = 2                 # per student update (Self-Forcing, FlashHead: 5)
-    batch: int = 4                          # videos in progress, a chunk of each a step (paper: 4)
-    micro_batch: int = 4                    # rows a network call; gradients add up over calls
+    batch: int = 4                          # videos in progress, one chunk of each per step (4)
+    micro_batch: int = 4                    # rows per network call; gradients add up
     rollout_chunks: int = 10                # K, chunks of a video (paper: not given; FlashHead: 5)
     denoising_steps: int = 4                # S, steps from noise to a chunk (paper: 4)
     timestep_shift: float = 5.0             # of these steps: 1, 0.94, 0.83, 0.63 (paper: not given)
@@ -116,20 +121,20 @@ class StudentConfig:
     betas: PresetOnly[tuple[float, float]] = (0.0, 0.999)   # of AdamW, as in Self-Forcing
     weight_decay: PresetOnly[float] = 0.01  # of AdamW, as in Self-Forcing
     grad_clip: PresetOnly[float] = 10.0     # largest norm of a gradient, as in Self-Forcing
-    warmup: PresetOnly[int] = 10            # steps until the peak learning rates
-    decay: PresetOnly[float] = 0.5          # share of the steps, at the end, where they fall to 0
-    ema: float = 0.95                       # decay of the averaged weights, which are exported
-    score_shift: float = 5.0                # of the noise levels at which the scores are compared
-    guidance: float | None = None           # of the real score; 1: none [as the teacher samples]
+    warmup: PresetOnly[int] = 10            # steps to the peak learning rates (not given)
+    decay: PresetOnly[float] = 0.5          # last share of the steps: they fall to 0 (not given)
+    ema: float = 0.95                       # decay of the exported average (not given)
+    score_shift: float = 5.0                # of the noise levels of the scores (not given)
+    guidance: float | None = None           # of the real score; 1: none [the teacher's] (not given)
     teacher_continuity: Literal["gt", "gen"] = "gt"     # what the teacher sees (Table 4)
     student_continuity: Literal["gt", "gen"] = "gen"    # what student and critic see (Table 4)
-    lambda_reg: float = 1.0                 # weight of Eq. 7 in Eq. 8 (paper: lost)
-    huber_delta: float = 1.0                # of Eq. 7, in normalised latents (paper: lost)
-    continuity_frames: int | None = None    # n, refused if not the teacher's [the teacher's]
+    lambda_reg: float = 1.0                 # weight of Eq. 7 in Eq. 8 (not in our copy)
+    huber_delta: float = 1.0                # of Eq. 7, in normalised latents (not in our copy)
+    continuity_frames: int | None = None    # n; only the teacher's is accepted [the teacher's]
     frames: PresetOnly[int | None] = None   # T of a chunk, the teacher's
     identity: PresetOnly[str | None] = None     # tre or etr, the teacher's
-    offsets: PresetOnly[int] = 2            # times a clip is cut into chunks, each time shifted
-    references: PresetOnly[int] = 3         # chunks of a clip with which a video can begin
+    offsets: PresetOnly[int] = 2            # as in stage 1, whose encoded chunks are used again
+    references: PresetOnly[int] = 3         # as in stage 1; a video can begin with so many chunks
     encode_bf16: PresetOnly[bool] = False   # the chunks were encoded in bfloat16
     overfit: PresetOnly[int] = 0            # use only so many clips, also for validation; 0: all
     bf16: bool = True                       # bfloat16 autocast where the processor has it
@@ -282,7 +287,7 @@ class RolloutBuffer:
         drawn = [draw_noise(self.cfg, step, row, shape, self.device) for row in rows]
         batch |= {k: torch.stack([one[k] for one in drawn]) for k in drawn[0]}
         m = self.kappa_gen.shape[2]
-        portrait = batch["identity"][:, :, :m]                      # of it, a first chunk uses one
+        portrait = batch["identity"][:, :, :m]                      # a first chunk uses one latent
         kappa_gt = batch["latents"][:, :, :m]
         kappa_gen = torch.where(batch["is_first"], portrait, self.kappa_gen[list(rows)])
         kappa_teacher, kappa_student = choose_kappas(kappa_gt, kappa_gen, self.cfg)
@@ -318,8 +323,9 @@ def dmd_gradient(x0, x, v_real, v_fake, sigma, loss_mask):
     """Eq. 13, w(t) (s_fake - s_real) -> (B, C, F, h, w). The student's x0 descends along it.
 
     x is x0 with noise sigma (B,); v_real, v_fake are the teacher's and the critic's velocities
-    there; the scores are Eq. 12's. The weight w(t) = t^2 / (1 - t) / mean |x0 - x0_real| turns
-    their difference into x0_fake - x0_real, in units of the teacher's correction, row by row."""
+    there; the scores are Eq. 12's. With x0_real = x - sigma v_real, the weight
+    w(sigma) = sigma^2 / (1 - sigma) / mean |x0 - x0_real| turns their difference into
+    x0_fake - x0_real in units of the teacher's correction, row by row."""
     distance = (x0 - x0_from_velocity(x, v_real, sigma)).abs()
     correction = masked_mean(distance, loss_mask).clamp(min=1e-6)               # (B,)
     weight = sigma ** 2 / (1 - sigma) / correction                              # (B,)
@@ -391,7 +397,7 @@ def critic_loss(critic, x0, batch):
 
 @torch.no_grad()
 def validate(student, vae, starts, cfg, autocast, device, path):
-    """Fixed videos with fixed noise, generated as in use -> figures by chunk; a picture at `path`.
+    """Fixed videos with fixed noise, as infer.py generates -> figures by chunk; a picture.
 
     error: mean |student - truth| of the latents; colour: |mean colour - the portrait's|, mean over
     channels, in 1/255; seam: frame difference across a border over that inside a chunk, 1 is
@@ -523,8 +529,8 @@ def train_step(state, teacher, vae, buffer, cfg, step, autocast, run, rank, roll
         optimizer.zero_grad(set_to_none=True)
     for rows in buffer.calls:
         batch = buffer.batch(rows, step)
-        # PAPER: the next chunk of every video. Each loss below has its own autocast block: autocast
-        # keeps its copies of the weights to the end of a block, and these ones carry no gradient.
+        # PAPER: the next chunk of every video. Each loss below has its own autocast block, for the
+        # copies of the weights made here, without gradient, would be used again within a block.
         with autocast:
             inputs, predictions = rollout(student, batch, sigmas)
         exits = torch.arange(len(rows), device=inputs.device), batch["exit_step"]
@@ -567,8 +573,8 @@ def train_step(state, teacher, vae, buffer, cfg, step, autocast, run, rank, roll
 def check(cfg, world):
     """ValueError, in one line, for options that make no sense together."""
     if cfg.teacher_continuity == "gen" and cfg.student_continuity == "gt":
-        raise ValueError("--teacher-continuity gen --student-continuity gt is no row of Table 4: a "
-                         "student of ground-truth frames never meets the drift that it is taught")
+        raise ValueError("--teacher-continuity gen --student-continuity gt is no row of Table 4: "
+                         "the student would be corrected for a drift that it never sees")
     counts = (cfg.batch, cfg.micro_batch, cfg.critic_updates, cfg.rollout_chunks - 1,
               cfg.denoising_steps, cfg.timestep_shift, cfg.score_shift)
     if not 1 <= min(counts) <= max(counts) < np.inf or cfg.batch % (cfg.micro_batch * world):

@@ -85,44 +85,46 @@ class Files:
     preset: Literal["nano", "debug", "wan-1.3b"] = "nano"   # network and defaults of what follows
     weights: Path = Path("weights/tiny")    # folder with the VAE and the audio encoder
     init: Path | None = None                # start from these weights: ours, or official Wan2.1's
-    run_dir: Path = Path("runs/teacher")    # checkpoint, log, samples, encoded chunks
+    run_dir: Path = Path("runs/teacher")    # checkpoint, log, samples; chunks: its ../cache
     out: Path | None = None                 # the finished folder of weights [RUN_DIR/weights]
     resume: bool = False                    # continue from the checkpoint in RUN_DIR
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
 
 
+# PresetOnly: set by the preset, no flag. "not in our copy": the paper gives it, but we wrote from a
+# text of the paper that has lost its formulas and most numbers inside sentences.
 @dataclass(frozen=True)
 class TeacherConfig:
     network: PresetOnly[str] = "nano"       # a preset of dit.py
     steps: int = 3000                       # optimiser steps (paper: 15,000)
-    batch: int = 8                          # rows a step (paper: 4, a GPU's or all is not said)
-    micro_batch: int = 8                    # rows a network call; gradients add up over calls
+    batch: int = 8                          # rows per step (paper: 4, of a GPU or in all)
+    micro_batch: int = 8                    # rows per network call; gradients add up
     lr: float = 1e-3                        # peak learning rate of AdamW (paper: not given)
     betas: PresetOnly[tuple[float, float]] = (0.9, 0.99)    # of AdamW (paper: not given)
     weight_decay: float = 0.01              # of AdamW (paper: not given)
     grad_clip: PresetOnly[float] = 1.0      # largest norm of the gradient (paper: not given)
-    warmup: PresetOnly[int] = 100           # steps until the peak learning rate
-    decay: PresetOnly[float] = 0.3          # share of the steps, at the end, in which it falls to 0
-    ema: float = 0.99                       # decay of the averaged weights, which are exported
+    warmup: PresetOnly[int] = 100           # steps to the peak learning rate (not given)
+    decay: PresetOnly[float] = 0.3          # last share of the steps: falls to 0 (not given)
+    ema: float = 0.99                       # decay of the exported average (not given)
     timestep_shift: float = 5.0             # of the noise levels; > 1: noisier (paper: not given)
     identity: Literal["tre", "etr"] = "tre"     # identity reference: Eq. 3 or Eq. 29 (Table 3)
-    continuity_frames: int = 9              # n = 4k+1, length of kappa in frames (paper: lost)
+    continuity_frames: int = 9              # n = 4k+1 frames of kappa (not in our copy)
     frames: int = 33                        # T = 4k+1, frames of a chunk (paper: 81)
-    first_chunk_prob: float = 0.1           # share of rows that begin a video
-    audio_drop_prob: float = 0.1            # share of rows without audio, for guidance
-    guidance: PresetOnly[float] = 3.0       # audio guidance in sampling, kept with the weights
-    sample_steps: PresetOnly[int] = 20      # denoising steps in sampling, kept with the weights
-    lambda_temp: float = 0.1                # weight of Eq. 16 in Eq. 5 (paper: lost)
-    lambda_face: float = 0.1                # weight of Eq. 17 in Eq. 5 (paper: lost)
+    first_chunk_prob: float = 0.1           # share of rows that begin a video (not given)
+    audio_drop_prob: float = 0.1            # share of rows without audio (not given)
+    guidance: PresetOnly[float] = 3.0       # in sampling, kept with the weights (not given)
+    sample_steps: PresetOnly[int] = 20      # in sampling, kept with the weights (paper: 1,000)
+    lambda_temp: float = 0.1                # weight of Eq. 16 in Eq. 5 (not in our copy)
+    lambda_face: float = 0.1                # weight of Eq. 17 in Eq. 5 (not in our copy)
     pixel_every: PresetOnly[int] = 4        # steps from one that decodes frames to the next ...
     pixel_rows: PresetOnly[int] = 1         # ... and rows of a call decoded; losses are rescaled
-    pixel_window: PresetOnly[int] = 3       # latents decoded of such a row, at a random place
+    pixel_window: PresetOnly[int] = 3       # latents decoded per such row, at a random place
     pixel_context: PresetOnly[int] = 2      # latents decoded to their left and thrown away
     offsets: PresetOnly[int] = 2            # times a clip is cut into chunks, each time shifted
     references: PresetOnly[int] = 3         # chunks of a clip whose first frame is a reference too
     encode_bf16: PresetOnly[bool] = False   # encode the cache in bfloat16
     overfit: PresetOnly[int] = 0            # use only so many chunks, also for validation; 0: all
-    bf16: bool = True                       # bfloat16 autocast where the processor has it
+    bf16: bool = True                       # bfloat16 autocast where it is fast (paper: yes)
     checkpointing: PresetOnly[bool] = False     # recompute blocks in the backward pass
     compile: bool = False                   # torch.compile, block by block
     val_every: PresetOnly[int] = 250        # steps from one validation to the next
@@ -135,7 +137,7 @@ PRESETS = {
     "nano": TeacherConfig(),
     "debug": TeacherConfig(
         network="debug", steps=150, batch=2, micro_batch=2, lr=2e-3, warmup=20, ema=0.95,
-        timestep_shift=2.0, first_chunk_prob=0.0, pixel_every=30, pixel_rows=2, offsets=1,
+        timestep_shift=2.0, pixel_every=30, pixel_rows=2, offsets=1,
         references=1, overfit=1, val_every=100, val_chunks=1, save_minutes=1.0),
     "wan-1.3b": TeacherConfig(
         network="wan-1.3b", steps=15000, batch=64, micro_batch=1, lr=1e-5, betas=(0.9, 0.999),
@@ -167,7 +169,7 @@ class ChunkSampler:
 
     def draw(self, cfg, step, row):
         """-> a chunk for row `row` of step `step`, and the generator of its random choices."""
-        per_step = np.random.default_rng((cfg.seed, step))
+        per_step = np.random.default_rng((cfg.seed, step, 2**32 - 1))   # a row of no batch
         T = self.lengths[per_step.choice(len(self.lengths), p=self.length_probs)]
         rng = np.random.default_rng((cfg.seed, step, row))
         index = rng.choice(len(self.pools[T]), p=self.chunk_probs[T])
@@ -189,7 +191,8 @@ def make_row(chunk, cfg, rng, is_first, drop_audio, sigma):
     """Eq. 24, encoded: one training sample, without a batch axis.
 
     latents, identity, noise (C, F, h, w); kappa (C, m, h, w); audio (T, L, A); sigma ();
-    loss_weight (F, 1, 1), 0 at kappa and 1 elsewhere; pixel_start (), where Eq. 16, 17 begin."""
+    loss_weight (F, 1, 1), 0 at kappa and 1 elsewhere (tiny/ gives regions more); pixel_window (2,):
+    first latent and number of latents that Eq. 16 and 17 would see."""
     chunk, picture = choose_reference(chunk, is_first, rng)
     m = 1 + (cfg.continuity_frames - 1) // 4
     latents = chunk.tensor("latents", chunk.row)                    # (C, F, h, w)
@@ -201,7 +204,6 @@ def make_row(chunk, cfg, rng, is_first, drop_audio, sigma):
     given = 1 if is_first else m                                    # latents that are not generated
     loss_weight = (torch.arange(F) >= given).float()[:, None, None]     # (F, 1, 1)
     noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-    last_start = max(m, F - cfg.pixel_window)
     return {
         "latents": latents,
         "identity": identity,
@@ -210,9 +212,19 @@ def make_row(chunk, cfg, rng, is_first, drop_audio, sigma):
         "sigma": torch.tensor(sigma, dtype=torch.float32),
         "noise": noise,
         "loss_weight": loss_weight,
-        "pixel_start": torch.tensor(int(rng.integers(m, last_start + 1))),
+        "pixel_window": draw_pixel_window(given, F, cfg.pixel_window, rng),
         "chunk": chunk,
     }
+
+
+def draw_pixel_window(given, F, length, rng):
+    """A window of latents for Eq. 16 and 17 -> (2,): first latent, number of latents.
+
+    It may begin before the first generated latent or end after the last, and is cut there, so that
+    every generated latent is equally likely to be seen; pixel_losses weighs it by what is left."""
+    start = int(rng.integers(given - length + 1, F))
+    first = max(given, start)
+    return torch.tensor([first, min(F, start + length) - first])
 
 
 def draw_row(sampler, cfg, step, row, make_row=make_row):
@@ -260,33 +272,36 @@ def teacher_loss(model, vae, batch, cfg, with_pixels):
     v = model(x, 1000 * sigma, batch["identity"], batch["audio"])           # (B, C, F, h, w)
     parts = {"flow": flow_matching_loss(v, x0, eps, weight)}                # Eq. 2
     loss = parts["flow"]
-    if with_pixels:                                                         # Eq. 16 and 17
+    if with_pixels:                                                         # PAPER Eq. 16 and 17
         x0_pred = torch.where(generated, x0_from_velocity(x, v, sigma), x0)
         parts["temporal"], parts["face"] = pixel_losses(vae, x0_pred, batch, cfg)
-        loss = loss + cfg.pixel_every * cfg.lambda_temp * parts["temporal"]
-        loss = loss + cfg.pixel_every * cfg.lambda_face * parts["face"]     # so that Eq. 5 holds
-    return loss, parts                                                      # on average over steps
+        every = cfg.pixel_every                                             # Eq. 5 on average
+        loss = loss + every * cfg.lambda_temp * parts["temporal"]
+        loss = loss + every * cfg.lambda_face * parts["face"]
+    return loss, parts
 
 
 def pixel_losses(vae, x0_pred, batch, cfg):
     """Eq. 16 and 17 of x0_pred (B, C, F, h, w) -> two (B,).
 
     A decode with gradient costs more than the network. So only the first cfg.pixel_rows rows are
-    decoded, a window of each; the rows are random, and the factor B / pixel_rows keeps the mean."""
-    B = len(x0_pred)
+    decoded, a window of each. Rows and windows are random; the weight keeps the mean over them."""
+    B, _, F = x0_pred.shape[:3]
     rows = min(cfg.pixel_rows, B)
     temporal, face = x0_pred.new_zeros(B), x0_pred.new_zeros(B)
     for i in range(rows):
         chunk = batch["chunk"][i]
-        first = max(1, min(int(batch["pixel_start"][i]), x0_pred.shape[2] - cfg.pixel_window))
-        count = min(cfg.pixel_window, x0_pred.shape[2] - first)
+        first, count = batch["pixel_window"][i].tolist()
         begin = chunk.start + 4 * first - 3                         # latent f is frames 4f-3 .. 4f
-        frames = slice(begin, begin + 4 * count)
-        truth = to_tensor(chunk.clip.frames[frames]).to(x0_pred)    # (1, 3, 4 count, H, W)
+        frames = slice(begin - 1, begin + 4 * count)                # and the frame before: the seam
+        truth = to_tensor(chunk.clip.frames[frames]).to(x0_pred)    # (1, 3, 4 count + 1, H, W)
         mask = face_mask_at_full_size(chunk.clip.mask[frames]).to(x0_pred)
         generated = decode_window(vae, x0_pred[i:i + 1], first, count, cfg.pixel_context).float()
-        temporal[i] = temporal_gradient_loss(generated, truth)[0] * B / rows
-        face[i] = face_loss(generated, truth, mask)[0] * B / rows
+        free = int((batch["loss_weight"][i].amax((1, 2)) > 0).sum())    # latents that are generated
+        windows = free + cfg.pixel_window - 1                       # that can be drawn
+        weight = B / rows * count / cfg.pixel_window * windows / free
+        temporal[i] = temporal_gradient_loss(generated, truth)[0] * weight      # 4 count changes
+        face[i] = face_loss(generated[:, :, 1:], truth[:, :, 1:], mask[:, :, 1:])[0] * weight
     return temporal, face
 
 
@@ -296,12 +311,13 @@ def face_mask_at_full_size(mask):
 
 
 def decode_window(vae, latents, first, count, context):
-    """Frames of latents [first, first + count), first >= 1 -> (B, 3, 4 count, H, W).
+    """Frames of latents [first, first + count), first >= 1, and one before -> (B, 3, 4 count + 1,
+    H, W), approximately.
 
     latents (B, C, F, h, w). The decoder looks back only, so `context` >= 1 latents to the left are
     decoded along, instead of all."""
     begin = max(0, first - context)
-    return vae.decode(latents[:, :, begin:first + count])[:, :, -4 * count:]
+    return vae.decode(latents[:, :, begin:first + count])[:, :, -4 * count - 1:]
 
 # --------------------------------------------------------------------------------------------- loop
 

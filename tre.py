@@ -8,9 +8,9 @@ continuity  kappa   the last n frames of the previous chunk, encoded again, over
 A reference must look like what it stands beside. The VAE's first latent holds one frame and no
 history; a later latent holds four frames and up to 28 latents of history. Temporal Reference
 Encoding (TRE) therefore encodes a *video* of the still portrait, whose latents play every role,
-and drift over time as those of a real clip do. Encode-then-repeat, the usual way, gives all of them
-the first frame's role. The continuity latents are decoded and encoded again for the same reason:
-what was a tail must become a head. tests/test_tre.py shows both facts.
+and change over time as those of a real clip do. Encode-then-repeat, the usual way, gives all of
+them the first frame's role. The continuity latents are decoded and encoded again for the same
+reason: what was a tail must become a head. tests/test_tre.py shows both facts.
 
 Shapes: image (B, 3, H, W) in [-1, 1]; video (B, 3, T, H, W); latents (B, C, F, h, w) with
 F = 1 + (T-1)//4.
@@ -19,7 +19,7 @@ import torch
 
 
 def temporal_reference_encoding(vae, image, frames=81):
-    """Eq. 3: z_id = E(Rep_L(I)). image (B, 3, H, W) in [-1, 1] -> (B, C, F, h, w).
+    """Eq. 3: z_id = E(Rep_T(I)). image (B, 3, H, W) in [-1, 1] -> (B, C, F, h, w).
 
     One pass of the encoder serves every chunk of this person."""
     still_video = image.unsqueeze(2).expand(-1, -1, frames, -1, -1)     # (B, 3, T, H, W)

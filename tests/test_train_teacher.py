@@ -249,13 +249,27 @@ def test_equation_5_holds_on_average(sampler, vae, chunks):
     assert rare == pytest.approx(pixel_part(all_rows, orders[0]), rel=1e-4)
 
 
+@pytest.mark.parametrize("given", [1, 3])
+def test_every_generated_latent_is_equally_likely_in_a_window(given):
+    """Property: the windows of Eq. 16 and 17 cover all generated latents alike, the ones beside
+    kappa and the last ones, which become the next kappa, too."""
+    rng = np.random.default_rng(0)
+    counts = np.zeros(9)
+    for _ in range(3000):
+        first, count = tt.draw_pixel_window(given, 9, 3, rng).tolist()
+        assert first >= given and count >= 1 and first + count <= 9
+        counts[first:first + count] += 1
+    assert not counts[:given].any()
+    assert counts[given:].min() > 0.85 * counts[given:].max()
+
+
 def test_a_decoded_window_is_a_piece_of_the_whole(vae, chunks):
     """Property: with enough context to its left, a window decodes to the frames of the chunk."""
     z = torch.from_numpy(chunks[0].array("latents")[:1].astype(np.float32))
     whole = vae.decode(z.clone().requires_grad_()).detach()
     window = tt.decode_window(vae, z.requires_grad_(), first=4, count=3, context=99)
-    assert window.shape[2] == 12
-    assert torch.allclose(window, whole[:, :, 4 * 4 - 3:4 * 7 - 3], atol=1e-5)
+    assert window.shape[2] == 13                                    # and the frame before
+    assert torch.allclose(window, whole[:, :, 4 * 4 - 4:4 * 7 - 3], atol=1e-5)
 
 
 def test_pixel_losses_compare_with_the_right_frames(chunks, clips):
@@ -279,7 +293,9 @@ def test_pixel_losses_compare_with_the_right_frames(chunks, clips):
             x0[:, 1] = 1
             temporal, face = tt.pixel_losses(Perfect(), x0, batch, cfg)
             assert temporal[0] < 1e-6 and face[1] == 0
-            assert face[0] == pytest.approx(2 * 0.2, abs=1e-5)      # for two rows
+            count = batch["pixel_window"][0, 1].item()
+            weight = 2 * count / 3 * (6 + 2) / 6                    # 2 rows, 6 latents, 8 windows
+            assert face[0] == pytest.approx(weight * 0.2, abs=1e-5)
 
 # --------------------------------------------------------------------------------------------- loop
 

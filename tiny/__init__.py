@@ -1,1 +1,1 @@
-"""What only the small preset on two CPU cores needs; nothing here is in the paper. See tiny/README.md."""
+"""What only the small preset on two CPU cores needs; nothing of the paper. See tiny/README.md."""

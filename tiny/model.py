@@ -17,7 +17,7 @@ from dit import AudioDiT, per_sample
 
 def linear_velocity(x, sigma, variance):
     """The part of the velocity that is a multiple of x = x_sigma, if the references leave a
-    `variance` > 0 of the data open.
+    `variance` > 0 of the data unexplained.
 
     For data m + d, with d of that variance and independent of m, the best linear estimate is
     E[v | x, m] = a x - b m; this is a x. The network then has to predict what depends on m, which

@@ -4,7 +4,7 @@
 
 distill_student.py's loop and losses are used as they are. What is handed to them instead:
     optimiser   Muon for the matrices of the blocks (tiny/muon.py)
-    rollout     teacher forcing: after the first steps, the input is the noised ground truth
+    rollout     teacher forcing: steps 2 and 3 start from the noised ground truth
     guide       masked audio guidance and motion guidance of the real score (tiny/model.py)
     reg_weight  Eq. 7 only from a later step on; the earlier ones can predict a blur only
 

@@ -58,6 +58,7 @@ from train_teacher import (
     TeacherConfig,
     check,
     choose_reference,
+    draw_pixel_window,
     draw_row,
     export,
     load_frozen,
@@ -108,8 +109,8 @@ PRESETS = {"tiny": TinyTeacherConfig()}
 class AugmentedPictures:
     """Pictures uint8 (N, H, W, ...), all cropped, mirrored and tinted in one random way.
 
-    A face seen once more is overfitted to its place and its light. An augmented copy is another
-    face, up to a quarter wider or a sixth longer. Slices of pictures are made when asked for."""
+    From repeated clips the network memorises position and lighting. An augmented copy is another
+    face, up to a quarter wider or a sixth longer. Slices are made when they are asked for."""
 
     def __init__(self, pictures, name, seed):
         rng = np.random.default_rng([*name.encode(), seed])         # every clip has its own
@@ -297,9 +298,10 @@ def make_row(chunk, cfg, rng, is_first, drop_audio, sigma, tricks, side=0):
     if cfg.identity == "etr":
         identity = identity[:, :1].expand_as(identity)
     audio = chunk.tensor("audio", chunk.row)                        # (T, L, A)
-    generated = (torch.arange(F) >= (1 if is_first else m)).float()[:, None, None]
+    given = 1 if is_first else m
+    generated = (torch.arange(F) >= given).float()[:, None, None]
     noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-    pixel_start = int(rng.integers(m, max(m, F - cfg.pixel_window) + 1))
+    pixel_window = draw_pixel_window(given, F, cfg.pixel_window, rng)
     kappa = latents[:, :m]
     if cfg.codec_roundtrips and not is_first:                       # a portrait made none
         cells = -(-4 * side // tricks.grid) if side else 4
@@ -309,7 +311,7 @@ def make_row(chunk, cfg, rng, is_first, drop_audio, sigma, tricks, side=0):
             "audio": torch.zeros_like(audio) if drop_audio else audio,
             "sigma": torch.tensor(sigma, dtype=torch.float32), "noise": noise,
             "loss_weight": generated * region_weights(latents, face, mouth, eyes, cfg),
-            "pixel_start": torch.tensor(pixel_start), "chunk": chunk}
+            "pixel_window": pixel_window, "chunk": chunk}
 
 
 def latent_mask(mask, F):
