@@ -506,7 +506,7 @@ def test_a_chunk_holds_what_the_encoders_make_of_its_frames(clips, tmp_path):
     for chunk in chunks:
         clip, end = chunk.clip, chunk.start + chunk.length
         latents = vae.encode(data.to_tensor(clip.frames[chunk.start:end]))
-        assert (chunk.array("latents")[chunk.row] == latents[0].half().numpy()).all()
+        assert torch.equal(chunk.tensor("latents", chunk.row), latents[0].half().float())
         audio = chunk.array("audio")[chunk.row]             # (T, L, A)
         sound = np.array(clip.audio) / np.float32(32768)
         loudness = np.abs(sound.reshape(-1, HOP)).mean(1)[chunk.start:end]
@@ -625,13 +625,17 @@ def test_a_subclass_of_clip_can_change_its_pictures(clips, tmp_path):
 
 
 def test_a_training_set_has_one_hash(clips, tmp_path):
-    """Property: the hash that a checkpoint keeps changes with the chunks and with the shares."""
+    """Property: the hash that a checkpoint keeps changes with the chunks and with their weights."""
     chunks = encode(clips, tmp_path / "cache")
-    hashes = [data.training_set_hash([chunks], [1.0]), data.training_set_hash([chunks[1:]], [1.0]),
-              data.training_set_hash([chunks], [2.0]),
-              data.training_set_hash([chunks[:2], chunks[2:]], [1.0, 1.0])]
-    assert len(set(hashes)) == 4
-    assert data.training_set_hash([encode(clips, tmp_path / "cache")], [1.0]) == hashes[0]
+    weights = [1.0] * len(chunks)
+    same = data.training_set_hash(encode(clips, tmp_path / "cache"), weights)
+    hashes = {data.training_set_hash(chunks, weights),
+              data.training_set_hash(chunks[::-1], weights),
+              data.training_set_hash(chunks[1:], weights[1:]),
+              data.training_set_hash(chunks, [2.0] * len(chunks)),
+              data.training_set_hash([replace(chunks[0], row=1), *chunks[1:]], weights),
+              data.training_set_hash([replace(chunks[0], store=tmp_path), *chunks[1:]], weights)}
+    assert len(hashes) == 6 and same in hashes
 
 
 def test_rows_are_collated_by_name():

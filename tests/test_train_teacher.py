@@ -1,5 +1,4 @@
 """Properties of the teacher's training. Networks are random and small: any weights would do."""
-import copy
 import json
 import os
 import shutil
@@ -18,12 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from toys import FakeAudioEncoder, make_clip, make_network, make_vae
 
-import data
 import dit
 import infer
 import train_teacher as tt
 from common import TrainState, log, save_image, swap_ema, write_mp4
-from data import chunk_starts, collate, encode_clips, to_tensor
+from data import collate, encode_clips, to_tensor
 from tre import temporal_reference_encoding as tre
 
 CFG = tt.TeacherConfig(
@@ -105,37 +103,6 @@ def test_training_sees_what_inference_gives_the_network(vae, tmp_path, T, refere
         if chunk.row == 0:                                          # the portrait is frame 0 ...
             assert torch.equal(row["identity"], identity[0].half().float())
             assert torch.equal(row["latents"][:, :1], x[0, :, :1].half().float())   # ... and kappa
-
-
-def test_the_cache_is_made_once_and_again_for_other_weights(clips, vae, cache, chunks, monkeypatch):
-    """Property: the second run reads; other weights or another grid is another cache. The decoder
-    has no part in it: it encodes nothing."""
-    calls = []
-
-    def encode(some):
-        fake = {"x": np.ones(1)}
-        monkeypatch.setattr(data, "encode_clip", lambda *a, **k: calls.append(a) or fake)
-        return encode_clips(clips, *some, tre, cache, CFG)
-
-    assert encode((vae, FakeAudioEncoder())) == chunks and not calls
-
-    def changed(part):
-        other, encoder = copy.deepcopy(vae), FakeAudioEncoder()
-        encoder.model = copy.deepcopy(encoder.model)
-        network = encoder.model if part == "audio" else getattr(other, part)
-        next(network.parameters()).data[0] += 1
-        encode((other, encoder))
-        return len(calls)
-
-    assert changed("decoder") == changed("conv2") == 0
-    assert [changed(part) for part in ("encoder", "conv1", "audio")] == [3, 6, 9]
-
-
-def test_chunks_tile_a_clip_several_times():
-    """Property: chunks are one step apart, and again from later frames on; none leaves the clip,
-    none comes twice."""
-    assert chunk_starts(384, 81, 72, 2) == [0, 72, 144, 216, 288, 36, 108, 180, 252]
-    assert chunk_starts(75, 73, 72, 3) == [0] and chunk_starts(73, 73, 72, 100) == [0]
 
 # --------------------------------------------------------------------------------------------- rows
 
