@@ -1,4 +1,4 @@
-"""The scripts lie flat in the repository's root; make them importable from here. And a warning is an error."""
+"""The programs lie in the repository's root: make them importable. And a warning is an error."""
 import sys
 from pathlib import Path
 
@@ -7,9 +7,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-WARNINGS = ("error",                                                            # what a library warns of today breaks tomorrow; but
-            "ignore:.*torch.jit:DeprecationWarning",                            # the official metrics are TorchScript files,
-            "ignore:Detected pickle protocol:UserWarning")                      # a test makes a file of that kind on purpose
+WARNINGS = (
+    "error",                                        # what a library warns of today breaks tomorrow
+    "ignore:.*torch.jit:DeprecationWarning",        # the official metrics are TorchScript files
+    "ignore:Detected pickle protocol:UserWarning",  # a test makes such a file on purpose
+)
 
 
 def pytest_configure(config):
@@ -19,7 +21,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """These networks are so small that a second thread costs more than it brings."""
+    """These networks are so small that a second thread costs more than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
