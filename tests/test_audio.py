@@ -1,11 +1,12 @@
-"""Laws of audio.py: nothing is heard from the future, nothing moves in time."""
+"""Properties of audio.py: features are causal, sound keeps its time, each latent gets its frames.
+
+Also of tiny/whisper.py, which audio.AudioEncoder loads for the small preset."""
 import json
 import shutil
 import socket
 import time
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -15,10 +16,10 @@ import torch
 from PIL import Image
 
 import audio
-from audio import HOP, RATE, AudioEncoder, AudioProjection, latent_windows, load_audio
+from audio import AudioEncoder, AudioProjection, latent_windows, load_audio
+from data import HOP, SAMPLE_RATE
 
 WEIGHTS = Path(audio.__file__).parent / "weights" / "tiny" / "whisper"
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,22 +32,25 @@ def encoder():
 def speech(seconds, seed=0):
     """Something uneven, like speech: noise whose loudness and colour change."""
     rng = np.random.default_rng(seed)
-    wave = rng.standard_normal(round(seconds * RATE)) * (1.2 + np.sin(np.arange(round(seconds * RATE)) / 900))
+    size = round(seconds * SAMPLE_RATE)
+    wave = rng.standard_normal(size) * (1.2 + np.sin(np.arange(size) / 900))
     return (0.1 * np.convolve(wave, np.hanning(9) / 4, "same")).astype(np.float32)
 
-# -------------------------------------------------------------------------------------------------- recording
+# ---------------------------------------------------------------------------------------- recording
 
 
 def tone_and_click(rate, channels):
-    """1 s of a 440 Hz tone, silence, a click of 2 ms in the middle of 1.25 s, silence until 1.5 s."""
+    """1 s of a 440 Hz tone, silence, a click of 2 ms in the middle of 1.25 s, silence to 1.5 s."""
     t = np.arange(round(1.5 * rate)) / rate
-    wave = 0.3 * np.sin(2 * np.pi * 440 * t) * (t < 1) + 0.8 * np.exp(-0.5 * ((t - 1.25) / 5e-4) ** 2)
-    return np.repeat(wave[:, None], channels, 1).astype(np.float32)
+    tone = 0.3 * np.sin(2 * np.pi * 440 * t) * (t < 1)
+    click = 0.8 * np.exp(-0.5 * ((t - 1.25) / 5e-4) ** 2)
+    return np.repeat((tone + click)[:, None], channels, 1).astype(np.float32)
 
 
 def write_m4a(path, wave, rate, late=0.0):
     with av.open(str(path), "w", format="mp4") as file:
-        stream = file.add_stream("aac", rate=rate, layout="stereo" if wave.shape[1] == 2 else "mono")
+        layout = "stereo" if wave.shape[1] == 2 else "mono"
+        stream = file.add_stream("aac", rate=rate, layout=layout)
         stream.bit_rate = 96000
         for start in range(0, len(wave), 1024):
             block = np.ascontiguousarray(wave[start:start + 1024].T)
@@ -57,17 +61,22 @@ def write_m4a(path, wave, rate, late=0.0):
         file.mux(stream.encode(None))
 
 
-def measure(wave):
-    """-> frequency of the tone in Hz, time of the click in s."""
-    tone = wave[RATE // 5:4 * RATE // 5] * np.hanning(3 * RATE // 5)
-    spectrum = np.abs(np.fft.rfft(tone, 8 * RATE))
-    return np.argmax(spectrum) / 8, (RATE + 1600 + np.argmax(np.abs(wave[RATE + 1600:]))) / RATE
+def loudest(wave, after):
+    """Time of the loudest sample after `after` s."""
+    start = round(after * SAMPLE_RATE)
+    return (start + np.argmax(np.abs(wave[start:]))) / SAMPLE_RATE
+
+
+def pitch(wave):
+    """Frequency in Hz of the tone between 0.2 and 0.8 s."""
+    tone = wave[SAMPLE_RATE // 5:4 * SAMPLE_RATE // 5] * np.hanning(3 * SAMPLE_RATE // 5)
+    return np.argmax(np.abs(np.fft.rfft(tone, 8 * SAMPLE_RATE))) / 8
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3", "m4a"])
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
 def test_any_file_keeps_pitch_and_time(tmp_path, kind, rate):
-    """Whatever the rate, the channels and the codec: a tone stays a tone and a click comes when it came."""
+    """Property: pitch and time of a sound do not depend on the file's rate, channels or codec."""
     for channels in (1, 2):
         path = tmp_path / f"x{channels}.{kind}"
         if kind == "m4a":
@@ -75,45 +84,46 @@ def test_any_file_keeps_pitch_and_time(tmp_path, kind, rate):
         else:
             soundfile.write(path, tone_and_click(rate, channels), rate)
         wave = load_audio(path)
-        hertz, click = measure(wave)
         assert wave.dtype == np.float32 and wave.ndim == 1 and np.abs(wave).max() <= 1
-        assert abs(hertz - 440) <= 0.25 and abs(click - 1.25) <= 0.001
-        padded = 0.002 if kind in ("wav", "flac", "ogg") else 0.12          # mp3, aac fill their last block
-        assert abs(len(wave) / RATE - 1.5) < padded
+        assert abs(pitch(wave) - 440) <= 0.25 and abs(loudest(wave, 1.1) - 1.25) <= 0.001
+        padded = 0.002 if kind in ("wav", "flac", "ogg") else 0.12  # mp3, aac fill the last block
+        assert abs(len(wave) / SAMPLE_RATE - 1.5) < padded
 
 
 def test_what_16_khz_cannot_hold_is_removed(tmp_path):
-    """Sampling theorem: a 9 kHz tone must vanish at 16 kHz; without a low-pass it comes back at 7 kHz."""
+    """Property: a 9 kHz tone vanishes at 16 kHz (sampling theorem).
+
+    Without a low-pass it would come back as a tone of 7 kHz."""
     t = np.arange(44100) / 44100
     soundfile.write(tmp_path / "high.wav", 0.5 * np.sin(2 * np.pi * 9000 * t), 44100)
     assert np.abs(load_audio(tmp_path / "high.wav")[1000:-1000]).max() < 0.005
 
 
 def test_a_sound_track_that_starts_late_stays_late(tmp_path):
-    """Sound is counted from the time 0 of the file: lips and sound of a clip share one clock."""
+    """Property: sound is counted from the file's time 0, so that lips and sound share one clock."""
     write_m4a(tmp_path / "late.m4a", tone_and_click(16000, 1), 16000, late=0.5)
-    wave = load_audio(tmp_path / "late.m4a")
-    assert abs((2 * RATE - RATE // 2 + np.argmax(np.abs(wave[2 * RATE - RATE // 2:]))) / RATE - 1.75) <= 0.001
+    assert abs(loudest(load_audio(tmp_path / "late.m4a"), 1.5) - 1.75) <= 0.001
 
 
 def bad_files(folder):
-    soundfile.write(folder / "nan.wav", np.array([0, np.nan, 0], np.float32), RATE, subtype="FLOAT")
-    soundfile.write(folder / "inf.wav", np.array([0, np.inf, 0], np.float32), RATE, subtype="FLOAT")
-    soundfile.write(folder / "none.wav", np.zeros(0, np.float32), RATE)
+    nan, inf = np.array([0, np.nan, 0], np.float32), np.array([0, np.inf, 0], np.float32)
+    soundfile.write(folder / "nan.wav", nan, SAMPLE_RATE, subtype="FLOAT")
+    soundfile.write(folder / "inf.wav", inf, SAMPLE_RATE, subtype="FLOAT")
+    soundfile.write(folder / "none.wav", np.zeros(0, np.float32), SAMPLE_RATE)
     (folder / "empty.wav").write_bytes(b"")
     (folder / "text.wav").write_text("this is not a recording", encoding="utf-8")
     (folder / "noise.mp4").write_bytes(bytes(range(256)) * 8)
     Image.new("RGB", (8, 8)).save(folder / "picture.png")
-    with av.open(str(folder / "silent_film.mp4"), "w") as film:
-        stream = film.add_stream("mpeg4", rate=25)
+    with av.open(str(folder / "no_sound.mp4"), "w") as video:
+        stream = video.add_stream("mpeg4", rate=25)
         stream.width = stream.height = 16
-        film.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
-        film.mux(stream.encode(None))
+        video.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
+        video.mux(stream.encode(None))
     return [*sorted(folder.iterdir()), folder]
 
 
 def test_bad_recordings_raise_one_clear_line(tmp_path):
-    """A wrong file is the commonest mistake: one line that names the file, never a decoder's traceback."""
+    """Property: a wrong file ends in one line that names it, never in a decoder's traceback."""
     for path in bad_files(tmp_path):
         with pytest.raises(ValueError) as error:
             load_audio(path)
@@ -121,45 +131,46 @@ def test_bad_recordings_raise_one_clear_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_audio(tmp_path / "missing.wav")
 
-# ---------------------------------------------------------------------------------------------------- encoder
+# ------------------------------------------------------------------------------------------ encoder
 
 
-def test_features_never_hear_the_future(encoder):
-    """A chunk's frames know nothing after its last frame: a chunk can be made as soon as it was spoken."""
+def test_features_do_not_depend_on_the_future(encoder):
+    """Property: features of a chunk do not depend on sound after it, so it can be made live."""
     wave = speech(6)
     changed = wave.copy()
     changed[90 * HOP:] = speech(6, seed=1)[90 * HOP:]
-    here, there = encoder.features(wave, 9, 81), encoder.features(changed, 9, 81)
-    assert here.shape == (81, encoder.layers, encoder.dim) and here.dtype == torch.float32
-    assert torch.equal(here, there) and torch.equal(here, encoder.features(wave[:90 * HOP], 9, 81))
-    assert not torch.equal(here, encoder.features(changed, 10, 81)[:81])
+    features = encoder.features(wave, 9, 81)
+    assert features.shape == (81, encoder.layers, encoder.dim) and features.dtype == torch.float32
+    assert torch.equal(features, encoder.features(changed, 9, 81))
+    assert torch.equal(features, encoder.features(wave[:90 * HOP], 9, 81))
+    assert not torch.equal(features, encoder.features(changed, 10, 81)[:81])
 
 
-def test_features_hear_eight_seconds_and_no_more(encoder):
-    """The window is bounded, so a long recording costs no more memory than a short one."""
+def test_features_depend_on_eight_seconds_and_no_more(encoder):
+    """Property: the window is bounded, so a long recording costs no more than a short one."""
     wave = speech(14)
     changed = wave.copy()
-    changed[:(300 - 200) * HOP] = 0                                         # all that lies before the 8 s
-    here = encoder.features(wave, 219, 81)
-    assert torch.equal(here, encoder.features(changed, 219, 81))
+    changed[:(300 - 200) * HOP] = 0                                 # all that lies before the 8 s
+    features = encoder.features(wave, 219, 81)
+    assert torch.equal(features, encoder.features(changed, 219, 81))
     changed[:101 * HOP] = 0
-    assert not torch.equal(here, encoder.features(changed, 219, 81))
+    assert not torch.equal(features, encoder.features(changed, 219, 81))
 
 
-def test_features_have_no_state_and_no_chance(encoder):
-    """Same input, same output: no dropout, no SpecAugment, and the global random state is left alone."""
+def test_features_have_no_state_and_no_randomness(encoder):
+    """Property: same input, same output: no dropout, no masking, no use of the random state."""
     wave, before = speech(2), torch.get_rng_state()
-    here = encoder.features(wave, 0, 50)
+    features = encoder.features(wave, 0, 50)
     encoder.features(speech(3, seed=2), 0, 75)
-    assert torch.equal(here, encoder.features(torch.from_numpy(wave), 0, 50))
+    assert torch.equal(features, encoder.features(torch.from_numpy(wave), 0, 50))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_silence_and_loudness(encoder):
-    """Silence gives finite features (not 0/0), also after the end; a louder recording sounds the same."""
+    """Property: silence gives finite features, not 0/0, and loudness changes nothing."""
     assert torch.equal(audio.normalise(torch.zeros(1, 640)), torch.zeros(1, 640))
-    assert encoder.features(np.zeros(5 * RATE, np.float32), 44, 81).isfinite().all()
-    assert encoder.features(np.zeros(0, np.float32), 500, 1).isfinite().all()
+    assert encoder.features(np.zeros(5 * SAMPLE_RATE, np.float32), 44, 81).isfinite().all()
+    assert encoder.features(np.zeros(0, np.float32), 500, 1).isfinite().all()   # after the end
     wave = speech(2)
     loud, soft = encoder.features(wave, 0, 50), encoder.features(0.5 * wave, 0, 50)
     torch.testing.assert_close(loud, soft, rtol=1e-2, atol=1e-2)
@@ -169,107 +180,165 @@ def test_silence_and_loudness(encoder):
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_any_wav2vec2_can_be_put_in(tmp_path, large):
-    """Sizes come from the config, hidden states are transformers' own: base-960h and large models fit too."""
+def test_any_wav2vec2_fits(tmp_path, large):
+    """Property: hidden states are transformers' own, for base-960h and for large models.
+
+    Sizes come from the config."""
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2Model
     torch.manual_seed(0)
     config = Wav2Vec2Config(
-        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, conv_dim=(8,) * 7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, vocab_size=5, conv_bias=large,
-        feat_extract_norm="layer" if large else "group", do_stable_layer_norm=large)
-    Wav2Vec2ForCTC(config).save_pretrained(tmp_path)                    # base-960h comes with a letter head
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        conv_dim=(8,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+        vocab_size=5, conv_bias=large, feat_extract_norm="layer" if large else "group",
+        do_stable_layer_norm=large)
+    Wav2Vec2ForCTC(config).save_pretrained(tmp_path)                # base-960h has such a head, too
     encoder = AudioEncoder(str(tmp_path))
     assert (encoder.layers, encoder.dim) == (3, 24)
     assert encoder.features(speech(4), 19, 81).shape == (81, 3, 24)
     wave = audio.normalise(torch.from_numpy(speech(1)))[None]
     theirs = Wav2Vec2Model.from_pretrained(tmp_path).eval()(wave, output_hidden_states=True)
-    ours = audio.transformer_states(encoder.model, encoder.model.feature_extractor(wave).transpose(1, 2))
-    for a, b in zip(ours, (*theirs.hidden_states[1:-1], theirs.last_hidden_state), strict=True):
-        torch.testing.assert_close(a, b)
+    features = encoder.model.feature_extractor(wave).transpose(1, 2)
+    ours = audio.transformer_states(encoder.model, features)
+    expected = (*theirs.hidden_states[1:-1], theirs.last_hidden_state)
+    for states, expected_states in zip(ours, expected, strict=True):
+        torch.testing.assert_close(states, expected_states)
 
 
-def test_any_whisper_can_be_put_in(tmp_path):
-    """Of a whole Whisper its encoder is taken; what it says of all it hears at once is what transformers makes it say; two states make a frame."""
-    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+def random_whisper():
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
     torch.manual_seed(0)
-    sizes = dict(d_model=24, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=32, max_source_positions=400, num_mel_bins=128)
-    theirs = WhisperForConditionalGeneration(WhisperConfig(
-        **sizes, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=1))
-    theirs.save_pretrained(tmp_path)
+    encoder = dict(d_model=24, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=32,
+                   max_source_positions=400, num_mel_bins=128)
+    decoder = dict(decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=60,
+                   pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    return WhisperForConditionalGeneration(WhisperConfig(**encoder, **decoder)).eval()
+
+
+def test_any_whisper_fits(tmp_path):
+    """Property: of a whole Whisper the encoder is loaded; a frame is the mean of two of its states.
+
+    The states are those that transformers gives for as much audio as the model takes at once."""
+    from transformers import WhisperFeatureExtractor
+    whisper = random_whisper()
+    whisper.save_pretrained(tmp_path)
     encoder = AudioEncoder(str(tmp_path))
     assert (encoder.layers, encoder.dim) == (3, 24)
-    wave = audio.normalise(torch.from_numpy(speech(8)))                     # 400 states: as much as this one hears at once
-    mel = WhisperFeatureExtractor(chunk_length=8, feature_size=128)(0.1 * wave.numpy(), sampling_rate=RATE, return_tensors="pt")["input_features"]
-    expected = theirs.eval().model.encoder(mel, output_hidden_states=True)
-    ours = audio.encode(encoder.model, wave[None])
-    assert [states.shape for states in ours] == 3 * [(1, 200, 24)]
-    for mine, its in zip(ours, (*expected.hidden_states[1:3], expected.last_hidden_state), strict=True):
-        torch.testing.assert_close(mine[:, 20], its[:, 40:42].mean(1))
-    theirs.model.save_pretrained(tmp_path / "bare")                         # without its head for words the tensors have other names
-    assert torch.equal(AudioEncoder(tmp_path / "bare").features(wave, 0, 9), encoder.features(wave, 0, 9))
-    with torch.autocast("cpu", torch.bfloat16):                             # training: what comes before the network stays float32, or this raises
-        torch.testing.assert_close(audio.encode(encoder.model, wave[None])[0].float(), ours[0], rtol=0.1, atol=0.1)
+    wave = audio.normalise(torch.from_numpy(speech(8)))             # 400 states
+    extractor = WhisperFeatureExtractor(chunk_length=8, feature_size=128)
+    mel = extractor(0.1 * wave.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt")
+    theirs = whisper.model.encoder(mel["input_features"], output_hidden_states=True)
+    ours = encoder.encode(wave[None])
+    assert ours.shape == (1, 200, 3, 24)
+    expected = (*theirs.hidden_states[1:3], theirs.last_hidden_state)
+    for states, expected_states in zip(ours.unbind(2), expected, strict=True):
+        torch.testing.assert_close(states[:, 20], expected_states[:, 40:42].mean(1))
+
+    whisper.model.save_pretrained(tmp_path / "bare")                # its tensors have other names
+    bare = AudioEncoder(tmp_path / "bare")
+    assert torch.equal(bare.features(wave, 0, 9), encoder.features(wave, 0, 9))
+
+
+def test_log_mel_stays_float32_in_training(tmp_path):
+    """Property: what comes before the network is not computed in bfloat16 (else this raises)."""
+    random_whisper().save_pretrained(tmp_path)
+    encoder, wave = AudioEncoder(tmp_path), audio.normalise(torch.from_numpy(speech(8)))[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        states = encoder.encode(wave)[:, :, 0].float()
+    torch.testing.assert_close(states, encoder.encode(wave)[:, :, 0], rtol=0.1, atol=0.1)
 
 
 def test_wrong_weights_raise_one_clear_line(tmp_path):
-    """A folder that holds something else says what is missing, before any video is made with random ears."""
+    """Property: a folder of something else is refused; no video is made with random features."""
     with pytest.raises(FileNotFoundError, match="no such folder"):
         AudioEncoder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         AudioEncoder(tmp_path)
-    shutil.copytree(WEIGHTS, tmp_path / "w")
-    config = json.loads((tmp_path / "w" / "config.json").read_text(encoding="utf-8"))
-    for wrong, message in (({"encoder_layers": 6}, "lacks"), ({"d_model": 128}, "cannot load"), ({"model_type": "bert"}, "it is a bert"),
+    folder = tmp_path / "w"
+    shutil.copytree(WEIGHTS, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for wrong, message in (({"encoder_layers": 6}, "lacks"), ({"d_model": 128}, "cannot load"),
+                           ({"model_type": "bert"}, "it is a bert"),
                            ({"max_source_positions": 99}, "8 are needed")):
-        (tmp_path / "w" / "config.json").write_text(json.dumps({**config, **wrong}), encoding="utf-8")
-        with pytest.raises(ValueError, match=message):
-            AudioEncoder(tmp_path / "w")
-    (tmp_path / "w" / "model.safetensors").write_bytes(b"not a tensor file")
+        text = json.dumps({**config, **wrong})
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message) as error:
+            AudioEncoder(folder)
+        assert "\n" not in str(error.value)
+    (folder / "model.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(ValueError, match="cannot load"):
-        AudioEncoder(tmp_path / "w")
+        AudioEncoder(folder)
 
 
-def test_a_hub_name_without_a_network_fails_at_once_and_a_folder_asks_nobody(monkeypatch):
-    """from_pretrained tries for 40 s to reach the hub; one question is enough to know that only what was fetched before can be loaded."""
-    asked, slept = [], []
+@pytest.fixture
+def no_network(monkeypatch):
+    """Hosts that were looked up in vain, and sleeps before another try."""
+    lookups, sleeps = [], []
 
     def unreachable(host, *_, **__):
-        asked.append(host)
+        lookups.append(host)
         raise socket.gaierror("no network")
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    monkeypatch.setattr(time, "sleep", slept.append)
-    with pytest.raises(ValueError, match="cannot load an audio encoder from nobody/knows-this: .*connect") as error:
-        AudioEncoder("nobody/knows-this")
-    assert asked and not slept and "\n" not in str(error.value)
-    asked.clear()
-    AudioEncoder(WEIGHTS)
-    assert not asked
+    monkeypatch.setattr(time, "sleep", sleeps.append)
+    return lookups, sleeps
 
 
-def test_with_a_network_a_hub_name_may_be_downloaded(monkeypatch):
-    """The question decides nothing else: if the hub answers, transformers looks for the files as it always does."""
+def test_a_hub_name_without_a_network_fails_at_once(no_network):
+    """Property: one clear line without a wait; from_pretrained would try for 40 s."""
+    lookups, sleeps = no_network
+    message = "cannot load an audio encoder from nobody/no-such-model: .*Connect"
+    with pytest.raises(ValueError, match=message) as error:
+        AudioEncoder("nobody/no-such-model")
+    assert lookups and not sleeps and "\n" not in str(error.value)
+
+
+def test_local_weights_need_no_network(no_network, monkeypatch, tmp_path):
+    """Property: a folder asks nobody, and a hub name that was downloaded before loads offline."""
     import huggingface_hub
-    from transformers import AutoConfig, Wav2Vec2Config, Wav2Vec2Model
-    seen = []
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, local_files_only, **_: seen.append((name, local_files_only)) or Wav2Vec2Config())
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
-    monkeypatch.setattr(Wav2Vec2Model, "from_pretrained", lambda name, **options: seen.append((name, options["local_files_only"])))
-    with pytest.raises(ValueError):                                     # nothing comes back from this one
-        AudioEncoder("nobody/knows-this")
-    assert seen == 2 * [("nobody/knows-this", False)]
+    lookups, _ = no_network
+    here = AudioEncoder(WEIGHTS)
+    assert not lookups
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cached, commit = tmp_path / "models--somebody--whisper", "0" * 40
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit, encoding="utf-8")
+    shutil.copytree(WEIGHTS, cached / "snapshots" / commit)
+    downloaded, wave = AudioEncoder("somebody/whisper"), speech(1)
+    assert torch.equal(downloaded.features(wave, 0, 9), here.features(wave, 0, 9))
+
+
+def test_a_hub_name_is_downloaded(monkeypatch):
+    """Property: of a hub name two files are fetched, and no pickled weights."""
+    import huggingface_hub
+    requests = []
+
+    def download(name, allow_patterns):
+        requests.append((name, allow_patterns))
+        return str(WEIGHTS)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert AudioEncoder("somebody/whisper").layers == 3
+    assert requests == [("somebody/whisper", ["config.json", "model.safetensors"])]
 
 
 def test_shipped_weights_are_small(encoder):
-    """The tiny preset's ears: at most 6.5 M parameters, in half precision on disk."""
+    """Property: the small preset's encoder has at most 6.5 M parameters, of two bytes on disk."""
     assert sum(p.numel() for p in encoder.model.parameters()) <= 6.5e6
     assert (WEIGHTS / "model.safetensors").stat().st_size < 2.01 * 6.5e6
 
-# ------------------------------------------------------------------------------------------------- projection
+
+def test_config_names_the_encoder():
+    """Property: "whisper" in config.json is the folder beside it; other names stay as they are."""
+    weights = WEIGHTS.parent
+    assert audio.encoder_path(weights, "whisper") == WEIGHTS
+    assert audio.encoder_path(weights, "facebook/x") == Path("facebook/x")
+    assert audio.load_audio_encoder(weights, "whisper").dim == 384
+
+# --------------------------------------------------------------------------------------- projection
 
 
-def test_a_latent_hears_its_frames_and_two_more_on_each_side():
-    """Latent 0 is frame 0, latent f is frames 4f-3..4f; its tokens know these and two more on each side."""
+def test_a_latent_depends_on_its_frames_and_two_more_on_each_side():
+    """Property: tokens of latent 0 depend on frames 0..2, of latent f on frames 4f-5..4f+2.
+
+    Its own are frame 0 and frames 4f-3..4f; all clamped to the chunk."""
     torch.manual_seed(0)
     T, projection = 21, AudioProjection(2, 3, 16, tokens=4, hidden=8)
     features = torch.randn(1, T, 2, 3, requires_grad=True)
@@ -278,10 +347,10 @@ def test_a_latent_hears_its_frames_and_two_more_on_each_side():
     tokens = projection(features)
     assert tokens.shape == (1, 6, 4, 16)
     for f in range(6):
-        one_number = (tokens[0, f] * torch.randn(4, 16)).sum()
-        gradient, = torch.autograd.grad(one_number, features, retain_graph=True)
-        touched = set(gradient[0].abs().sum((1, 2)).nonzero().flatten().tolist())
+        number = (tokens[0, f] * torch.randn(4, 16)).sum()
+        gradient, = torch.autograd.grad(number, features, retain_graph=True)
+        used = set(gradient[0].abs().sum((1, 2)).nonzero().flatten().tolist())
         own = range(4 * f - 3, 4 * f + 1) if f else [0]
-        assert touched == set(range(max(0, min(own) - 2), min(T, max(own) + 3)))
+        assert used == set(range(max(0, min(own) - 2), min(T, max(own) + 3)))
     with pytest.raises(ValueError, match="4F - 3"):
         latent_windows(features[:, :20])
