@@ -1,449 +1,349 @@
-"""Measures talking-head videos: the paper's metrics (section 4.1, Figures 4 and 5), the mouth, the head, and drift over ten minutes.
+"""Measures talking-head videos: the paper's metrics (section 4.1), lips, head, and drift.
 
-    python evaluate.py --generated DIR --real DIR                        videos against the real ones of the same name -> report/
-    python evaluate.py --weights weights/tiny --data CLIPS               generates for the held-out clips of a folder first
-    python evaluate.py --weights weights/tiny --data CLIPS --long 600    and one video of ten minutes: the drift report
-    python evaluate.py train-proxies --data CLIPS                        trains the stand-ins for official networks (train_proxies.py)
+    python evaluate.py --generated DIR --real DIR                       videos of the same names
+    python evaluate.py --weights weights/tiny --data CLIPS              generates videos first
+    python evaluate.py --weights weights/tiny --data CLIPS --long 600   and one of ten minutes
 
-Every video goes through once, in pieces of 5 s, so ten minutes need no more memory than five seconds. Beside the videos stand their bounds, measured
-alike: the real clips, the VAE's reconstruction of them (with --weights), and a frozen first frame, which an honest sync metric must punish.
-FID, FVD, Sync-C/D and ArcFace need official files (--fid-weights ...); without them they are left out, never replaced. What our own small networks
-say is called `proxy`: their scale is in weights/tiny/proxies/proxies.json. Mouth: the gap between the lips, seen by the face proxy in the generated
-video, against the truth (a puppet's sidecar, else the same proxy on the real clip), over the frames in which somebody speaks.
-Writes report.md (tables, notes), report.json, videos.csv, pieces.csv, drift.png, sheet.png.
+The paper's metrics, each with the official file that it needs. Nothing is downloaded; without the
+file the metric is left out:
+
+    FID, FVD             --fid-weights inception-2015-12-05.pt, --fvd-weights i3d_torchscript.pt
+    Sync-C, Sync-D       --syncnet-weights syncnet_v2.model
+    identity over time   --arcface-weights w600k_r50.onnx, at 5, 50, 150, 300, 600 s (Figure 4)
+
+Beside them stand public networks: SFace (identity), EfficientNet-Lite0 (KID, perceptual distance)
+and Whisper base (sync) come with requirements-evaluate.txt; 478 landmarks (lips, blinks, head) are
+shipped. Nothing that is trained here measures anything here. The docstrings in measure/ say what
+each ruler is, with its source, licence and scale.
+
+Every video is read once, in segments of 5 s, so ten minutes need no more memory than five seconds.
+The same rulers measure the real clips, the VAE's reconstruction of them, a frozen first frame,
+other people, other audio, silence and blur: the scale to read the figures by.
+Writes report.md, report.json, videos.csv, segments.csv, drift.png, sheet.jpg into --out.
 """
-import argparse
 import json
-import signal
+import shlex
 import sys
-import tempfile
 import time
-import warnings
-from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Annotated, Literal
 
-import av
 import numpy as np
 import torch
+import tyro
 from PIL import Image
 from tqdm import tqdm
 
 import infer
-import metrics
-import proxies
-import train_proxies
-from checkpoint import write_json
-from chunks import pixels
-from data import FPS, HOP, PICTURES, VIDEOS, media_files, read_audio, read_video, sidecar_text, split_of, square_crop
-from metrics import box_of
-from report import METRICS, SHEET, WINDOWS, commit, contact_sheet, markdown, nanmean, plot, summarise, write, write_csv
-from vae import load_vae
+from common import Mp4Writer, one_line_errors, peak_memory, write_json
+from data import FPS, HOP, PICTURES, VIDEOS, media_files, sidecar_text, split_of, to_tensor
+from measure import landmarks, pixels, report, rulers, sync, video
+from measure.rulers import Item
+from measure.video import SEGMENT, probe, segments, sound_of, squares
 
-PIECE = 125                                                                     # frames measured at a time, 5 s
-KINDS = ("fid", "fvd", "syncnet", "identity")
-
-# --------------------------------------------------------------------------------------------------------------- videos
+FromWeights = tyro.conf.arg(help_behavior_hint="(default: the weights')")
 
 
 @dataclass(frozen=True)
-class Item:
-    """One video of one system, and what it is compared with."""
-    name: str
-    video: Path
-    real: Path = None               # the real clip of this name
-    reference: Path = None          # picture of the person; without it the first frame of the real clip, or of the video itself
-    how: str = "as it is"           # "vae": encoded and decoded first; "frozen": its first frame all along
+class Options:
+    generated: tuple[Path, ...] = ()    # folders of generated videos; a folder is a system
+    real: Path | None = None            # folder of the real videos, of the same names
+    reference: Path | None = None       # folder of portraits (default: first frames of real videos)
+    weights: Path | None = None         # folder of weights: generates with them, adds VAE only
+    data: Path | None = None            # folder of clips: its held-out ones are the real videos
+    out: Path = Path("report")          # folder where everything is written
+    networks: tuple[Literal["teacher", "student"], ...] = ("teacher", "student")    # that generate
+    clips: int = 20                     # held-out clips to generate
+    controls: bool = False              # generate with another clip's audio and in silence, too
+    long: float = 0                     # seconds of a long video for the drift report, 0: none
+    long_videos: int = 1                # how many of them
+    steps: Annotated[int | None, FromWeights] = None        # denoising steps of a chunk
+    guidance: Annotated[float | None, FromWeights] = None   # teacher's audio guidance, 1: none
+    seed: int = 0                       # noise of the first clip; the next clip has the next seed
+    size: int | None = None             # pixels along each side (default: the generated videos')
+    every: int = 12                     # every n-th frame goes into FID, KID and identity
+    fid_weights: Path | None = None     # inception-2015-12-05.pt (TorchScript)
+    fvd_weights: Path | None = None     # I3D, i3d_torchscript.pt (TorchScript)
+    syncnet_weights: Path | None = None                     # SyncNet, syncnet_v2.model
+    arcface_weights: Path | None = None                     # ArcFace as .onnx or TorchScript
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the DiT and the decoder
+
+# --------------------------------------------------------------------------------- one video, once
 
 
-def squares(path, size):
-    """Yields uint8 (size, size, 3) at 25 frames a second: the largest square in the middle."""
-    for picture in read_video(Path(path)):
-        height, width = picture.shape[:2]
-        box = square_crop(width, height)
-        same = (height, width) == (size, size)
-        yield picture if same else np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS, box))
+def measure_segment(tools, results, subject, frames, real, before, start):
+    """Figures of the frames start, start + 1, ...: uint8 (T, H, W, 3).
+
+    real (T', H, W, 3): the same frames of the real clip, as far as there are any; before: the
+    frame before these, or None. -> row, lip gap (T,), blink score (T,)
+    """
+    system = subject.system
+    size = tools.options.size
+    still = subject.item.how == "frozen"                    # one look is enough
+    points, presence = tools.landmarker.points(frames[:1] if still else frames)
+    points = points.expand(len(frames), -1, -1)             # (T, 478, 3)
+    box = pixels.face_box(points, size)
+    end = start + len(frames)
+    sampled = np.arange(-start % tools.options.every, len(frames), tools.options.every)
+    sets = [None]                                           # of pictures: the whole video,
+    if len(frames) >= SEGMENT:
+        sets += [t for t in report.WINDOWS if end == t * FPS]       # the 5 s that end at t,
+    if system == "real":
+        sets += [group for group in results.groups if subject.item.name in group]   # these people
+    row = {"faces": float((presence > 0.5).float().mean())}
+
+    # PAPER section 4.1
+    if tools.fid:
+        results.add(system, "fid", sets, tools.fid(frames[sampled]))
+    if tools.fvd and len(frames) >= 16:
+        results.add(system, "fvd", sets, tools.fvd(frames))
+    sound = subject.sound[start * HOP:end * HOP]
+    if tools.syncnet and len(frames) > 6 and len(sound) > 6 * HOP:
+        features = sync.sync_features(tools.syncnet, frames, sound, box)
+        row |= sync.sync_scores(*features)                  # Sync-C, Sync-D
+    row |= rulers.identity_row(tools, results, subject, frames, points, sampled, start)
+
+    # OURS
+    gap = landmarks.lip_gap(points).numpy()
+    if subject.predicted is not None:
+        row |= sync.lip_sync(gap, subject.predicted[start:end])
+    if tools.lite0:
+        there = sampled[sampled < len(real)]
+        row |= rulers.lite0_row(tools, results, subject, frames[sampled], real[there])
+    if system == "real" and start == 0:
+        rulers.measure_blur(tools, results, subject, frames[sampled], points[sampled], box)
+    overlap = 0 if subject.item.how == "VAE only" else tools.overlap
+    row |= pixels.motion_row(frames, before, start, tools.chunk, overlap)
+    row["sharpness"] = pixels.sharpness(frames, box)
+    row["colour"] = float(np.abs(pixels.colour(frames, box) - subject.colour).max())
+    row |= pixels.head_row(landmarks.head_pose(points), (box[3] - box[1]) * size)
+    blink = landmarks.blink_score(tools.landmarker.blendshapes(points)).cpu().numpy()
+    return row, gap, blink
 
 
-def as_written(frames, size):
-    """Frames as they come out of the file that a generated video is kept in: H.264 leaves grain, a quarter more `sharpness` (LOG.md)."""
-    with tempfile.TemporaryDirectory() as folder:
-        writer = infer.Mp4Writer(path := Path(folder) / "vae.mp4", size, np.zeros(0, np.float32))
-        writer.write(frames)
-        writer.close()
-        yield from squares(path, size)
-
-
-def pieces(frames):
-    """Frames -> uint8 (125, H, W, 3) as they come; a rest shorter than half of that joins the piece before it."""
-    held, now = [], []
-    for frame in frames:
-        now.append(frame)
-        if len(now) == PIECE:
-            if held:
-                yield np.stack(held)
-            held, now = now, []
-    if held and len(now) >= PIECE // 2:
-        yield np.stack(held)
-        held = []
-    if held or now:
-        yield np.stack(held + now)
-
-
-def probe(path):
-    """-> seconds of picture, seconds of sound (0: none), and remarks on what is unusual about the file."""
-    with av.open(str(path)) as file:
-        video, sound = file.streams.best("video"), file.streams.best("audio")
-        if video is None:
-            raise ValueError("no video in it")
-        long = lambda s: float((s.duration or 0) * s.time_base) or (file.duration or 0) / 1e6
-        seconds, rate, heard = long(video), float(video.average_rate or FPS), long(sound) if sound else 0
-    notes = [f"{rate:.2f} frames a second, read as {FPS}"] if abs(rate - FPS) > 0.01 else []
-    notes += ["no audio"] if not sound else [f"{heard:.2f} s of sound for {seconds:.2f} s of picture"] if abs(heard - seconds) > 0.2 else []
-    return seconds, heard, notes
-
-
-def sound_of(path, seconds):
-    return read_audio(Path(path), int(np.ceil(seconds * FPS) + FPS) * HOP) / np.float32(32768)
-
-
-# ----------------------------------------------------------------------------------------------------- one video, once
-
-
-class Bench:
-    """The networks that are there, the sums of their features by (system, metric, window), and frames for the contact sheet."""
-
-    def __init__(self, args, notes):
-        self.args, self.notes, self.sums, self.sheet, self.truths, self.half = args, notes, {}, {}, {}, None
-        self.device, _ = infer.pick(args.device, "float32")
-        paths = {kind: getattr(args, f"{kind}_weights") for kind in KINDS}
-        for kind, path in paths.items():
-            notes.append(f"{kind}: {path}, sha256 {metrics.check_file(path, kind)[:16]}" if path else
-                         f"{kind.upper()} is left out: no --{kind}-weights given")
-        make = {"fid": metrics.inception_features, "fvd": metrics.i3d_features, "syncnet": metrics.load_syncnet, "identity": metrics.arcface}
-        self.net = {kind: make[kind](path, self.device) for kind, path in paths.items() if path}
-        self.proxy = proxies.load_proxies(args.proxies, self.device)
-        notes += [f"the {kind} proxy is left out: no {kind}.safetensors in {args.proxies}" for kind in proxies.CLASSES if kind not in self.proxy]
-        self.vae = load_vae(args.weights, self.device) if args.weights else None
-        self.ears = proxies.Ears(args.weights, self.device) if args.weights else None
-        self.chunk = json.loads((Path(args.weights) / "config.json").read_text("utf-8")).get("frames", infer.CHUNK) if args.weights else infer.CHUNK
-        notes += [] if self.vae else ["no --weights given: the VAE's bound is left out, seams are looked for between chunks of 81 frames"]
-
-    def frames(self, item):
-        frames = squares(item.video, self.args.size)
-        if item.how == "frozen":
-            first = next(frames)
-            return (first for _ in squares(item.video, self.args.size))
-        return as_written(proxies.vae_frames(self.vae, frames, self.chunk), self.args.size) if item.how == "vae" else frames
-
-    def identity(self, frames, box):
-        """-> what the identity networks see: {"identity": (T, 512), "proxy_identity": (T, 64)}, features (T, 96) or None."""
-        out, features = {}, None
-        if "identity" in self.net:
-            out["identity"] = self.net["identity"](metrics.aligned(frames, box))
-        if "identity" in self.proxy:
-            out["proxy_identity"], features = proxies.read_identity(self.proxy["identity"], frames, box)
-        return out, features
-
-    def truth(self, item):
-        """-> {"gap": true lip gap (N,), "phones"} of the real clip; for a long video without one, of the sidecar beside it."""
-        path = item.real or item.video
-        if path not in self.truths:
-            curves = proxies.true_curves(path)
-            gap = curves.get("gap")
-            if gap is None and item.real and "face" in self.proxy:
-                box = box_of(path)
-                gap = np.concatenate([proxies.read_faces(self.proxy["face"], p, box)[0] for p in pieces(squares(path, self.args.size))])
-            self.truths[path] = {"gap": gap, "phones": proxies.phones_of(path)}
-        return self.truths[path]
-
-    def add(self, system, metric, windows, features):
-        keys = [(system, metric, window) for window in (None, *windows)] + ([(self.half, metric, None)] if self.half else [])
-        for key in keys:
-            self.sums.setdefault(key, metrics.Gaussian()).add(features)
-
-
-def sync_row(bench, frames, sound, box):
-    """-> figures of SyncNet and of its proxy, lip features of the proxy or None."""
-    row, lips = {}, None
-    nets = {"": bench.net.get("syncnet"), "proxy_": bench.proxy.get("sync")}
-    for prefix, net in nets.items():
-        if net is not None and len(sound) and len(frames) > 6:
-            lips, heard = metrics.sync_features(net, frames, sound, box)
-            s = metrics.sync_scores(lips, heard, padded=not prefix)             # the original pads; the proxy need not
-            row |= {f"{prefix}{key}": s[key] for key in ("sync_c", "sync_d", "sync_now", "sync_offset")}
-    return row, lips if nets["proxy_"] is not None else None
-
-
-def measure_video(bench, system, item):
-    """-> rows of its pieces, its own row. An error is a row with a note."""
-    args, head = bench.args, {"system": system, "video": item.name}
+def measure_video(tools, results, system, item):
+    """-> rows of its segments, its own row. An error is a row with a note."""
+    name = {"system": system, "video": item.name}
+    rows = []
+    gaps = []
+    blinks = []
     try:
-        seconds, heard, notes = probe(item.video)
-        silent = not heard and not item.real
-        sound = np.zeros(0, np.float32) if silent else sound_of(item.video if heard else item.real, seconds)
-        notes += ["the real clip's sound is used"] if not heard and len(sound) else []
-        notes += ["no real clip of this name"] if not item.real else []
-        truth, box = bench.truth(item), box_of(item.real or item.video)
-        reference = next(squares(item.reference or item.real or item.video, args.size))[None]
-        there = box_of(item.reference) if item.reference else box               # where the face is in the reference
-        who, tint = bench.identity(reference, there)[0], metrics.colour(reference, there)
-        rows, gaps, lids, before, start = [], [], [], None, 0
-        for k, frames in enumerate(pieces(bench.frames(item))):
-            voice = sound[start * HOP:(start + len(frames)) * HOP]
-            windows = [t for t in WINDOWS if t * FPS == (k + 1) * PIECE and len(frames) >= PIECE]
-            row, lips = sync_row(bench, frames, voice, box)
-            row |= metrics.picture_row(frames, before, start, box, tint, bench.chunk, 0 if item.how == "vae" else args.continuity_frames)
-            seen, features = bench.identity(frames[::args.every], box)
-            row |= {key: float((vectors @ who[key][0]).mean()) for key, vectors in seen.items()}
-            for metric, x in (("proxy_frechet", features), ("proxy_frechet_lips", lips)):
-                if x is not None:
-                    bench.add(system, metric, windows, x)
-            for metric, x in (("fid", frames[::args.every]), ("fvd", frames)):
-                if metric in bench.net and len(x) >= 16:
-                    bench.add(system, metric, windows, bench.net[metric](x))
-            if "face" in bench.proxy:
-                gap, lid, face = proxies.read_faces(bench.proxy["face"], frames, box)
-                gaps.append(gap), lids.append(lid)
-                row["faces"] = float((face > 0.5).mean())
-            bench.sheet.setdefault((item.name, system), {}).update(
-                {t: frames[f - start] for t in SHEET if start <= (f := max(0, t * FPS - 1)) < start + len(frames)})
-            rows.append(head | {"start": start / FPS, "frames": len(frames)} | row)
-            before, start = frames[-1], start + len(frames)
+        subject = rulers.Subject(tools, results, system, item)
+        real = squares(item.real, tools.options.size) if item.real else iter(())
+        before = None
+        start = 0
+        for frames in segments(tools.frames(item)):
+            true_frames = np.array(list(islice(real, len(frames))))
+            row, gap, blink = measure_segment(tools, results, subject, frames, true_frames,
+                                              before, start)
+            rows.append(name | {"start": start / FPS, "frames": len(frames)} | row)
+            gaps.append(gap)
+            blinks.append(blink)
+            before = frames[-1]
+            start += len(frames)
         if not rows:
             raise ValueError("no frames")
-    except Exception as error:                                                  # noqa: BLE001, a decoder trips over any rubbish: it is a row
-        return [], head | {"note": f"not measured: {type(error).__name__}: {' '.join(str(error).split())[:150]}"}
-    keys = [key for key in METRICS if any(key in r for r in rows)]
-    video = head | {"frames": start} | {key: nanmean([r.get(key, np.nan) for r in rows]) for key in keys}
-    if gaps:
-        video |= proxies.whole_mouth(rows, np.concatenate(gaps), np.concatenate(lids), truth, sound)
-        if system == "real" and truth["gap"] is not None and bench.ears and bench.ears.head:
-            speech = proxies.speech_frames(truth["phones"], sound, n := min(start, len(truth["gap"])))
-            video["mouth_heard"] = metrics.correlation(bench.ears.opening(sound, n, bench.chunk), truth["gap"][:n], speech)
-        if video["faces"] < 0.5:
-            notes.append(f"no face in {100 - 100 * video['faces']:.0f} % of the frames: what follows from the face means nothing")
-        if truth["gap"] is not None and abs(len(truth["gap"]) - start) > 1:
-            notes.append(f"{start} frames, {len(truth['gap'])} in the truth: the common part is compared")
-    return rows, video | {"note": "; ".join(notes)}
+    except Exception as error:          # noqa: BLE001, a decoder trips over any damage: it is a row
+        reason = " ".join(str(error).split())[:150]
+        return [], name | {"note": f"not measured: {type(error).__name__}: {reason}"}
+    gap = np.concatenate(gaps)
+    blink = np.concatenate(blinks)
+    if system == "real":
+        results.gaps[item.name] = gap
+    row = name | {"frames": start} | rulers.whole_video(subject, rows, gap, blink)
+    return rows, row | {"note": "; ".join(subject.notes)}
+
+# -------------------------------------------------------------------------------------- generation
 
 
-# ---------------------------------------------------------------------------------------------------------- generation
-
-
-def long_take(paths, first, seconds, bench):
-    """The recordings of several clips, one after another -> sound (samples,), true gap (frames,) and phones, each None if a clip has none."""
-    sound, gap, phones, frames = [], [], [], 0
-    while frames < seconds * FPS:
-        path = paths[(first + len(sound)) % len(paths)]
-        truth = bench.truth(Item(path.stem, path, path))
-        n = len(truth["gap"]) if truth["gap"] is not None else round(probe(path)[0] * FPS)
-        sound.append(sound_of(path, n / FPS)[:n * HOP])
-        gap.append(truth["gap"])
-        said = truth["phones"]
-        phones.append(said and [(s + frames / FPS, min(e, n / FPS) + frames / FPS, p) for s, e, p in said if s < n / FPS])
-        frames += n
-    n = round(seconds * FPS)
-    return (np.concatenate(sound)[:n * HOP], None if any(g is None for g in gap) else np.concatenate(gap)[:n],
-            sum(phones, []) if all(phones) else None)
-
-
-def make_video(models, folder, name, picture, sound, steps, seed, args):
-    """-> {"fps", "latency"}; writes folder/name.mp4."""
-    begin, first, n = time.perf_counter(), None, 0
-    writer, keep = infer.Mp4Writer(folder / f"{name}.mp4", models.size, sound), False
+def make_video(models, path, picture, sound, seed, options):
+    """Writes a video -> {"fps", "latency"}."""
+    began = time.perf_counter()
+    latency = None
+    keep = False
+    writer = Mp4Writer(path, models.size, sound)
+    guidance = options.guidance if models.network == "teacher" else None
     try:
-        for frames in infer.generate(models, pixels(picture[None])[:, :, 0], sound, steps, seed, args.continuity_frames, guidance=args.guidance,
-                                     guidance_focus=args.guidance_focus, liveliness=args.liveliness):
-            first = first or time.perf_counter() - begin
+        image = to_tensor(picture[None])[:, :, 0]           # (1, 3, H, W)
+        for frames in infer.generate(models, image, sound, seed, options.steps, guidance):
+            latency = latency or time.perf_counter() - began
             writer.write(frames)
-            n += len(frames)
         keep = True
     finally:
         writer.close(keep)
-    return {"fps": n / (time.perf_counter() - begin), "latency": first}
+    return {"fps": writer.frames / (time.perf_counter() - began), "latency": latency}
 
 
-def generate(args, paths, bench):
-    """Every network speaks every clip's words with that clip's first frame; so it does with another clip's words, and in silence. -> folders"""
-    if args.controls and len(paths) < 2:
-        raise ValueError("--controls takes another clip's words: that needs two held-out clips")
+def list_jobs(network, paths, options):
+    """What a network generates: [(system, clip of the picture, name, seed, sound, sidecar)]."""
+    jobs = []
+    names = [path.stem for path in paths]
+    for k, path in enumerate(paths):    # a seed each: with equal noise all would move alike
+        seconds = probe(path)[0]
+        sound = sound_of(path, seconds)[:round(seconds * FPS) * HOP]
+        audios = {network: sound}
+        if options.controls:
+            other = paths[names.index(rulers.another(names, path.stem))]
+            other_sound = sound_of(other, probe(other)[0])
+            audios[f"{network}-other-audio"] = np.resize(other_sound, len(sound))
+            audios[f"{network}-silence"] = np.zeros_like(sound)
+        for system, audio in audios.items():
+            jobs.append((system, path, path.stem, options.seed + k, audio, None))
+    for k in range(options.long_videos if options.long else 0):
+        audio, about = video.long_recording(paths, k, options.long)
+        path = paths[k % len(paths)]
+        jobs.append((f"{network}-long", path, f"long_{k}", options.seed + k, audio, about))
+    return jobs
+
+
+def generate(options, paths, notes):
+    """Each network animates each clip's first frame to its sound. -> folders of videos"""
+    if options.controls and len(paths) < 2:
+        raise ValueError("--controls takes another clip's audio: that needs two held-out clips")
     folders = []
-    for network in args.networks:
+    for network in options.networks:
         try:
-            models = infer.load(args.weights, network, args.device)
+            models = infer.load(options.weights, network, options.device, options.dtype)
         except FileNotFoundError as error:
-            bench.notes.append(f"{network} is left out: {error}")
+            notes.append(f"{network} is left out: {error}")
             continue
         if not models.trained:
-            bench.notes.append(f"the {network} in {args.weights} is untrained: its videos are fog, and so are its figures")
-        steps, jobs = args.teacher_steps if network == "teacher" else args.student_steps, []
-        for k, path in enumerate(paths):                                        # seed + k: of one noise all would turn and blink alike
-            sound = sound_of(path, n := probe(path)[0])[:round(n * FPS) * HOP]
-            # half the list away: neighbours by name may say the same, GRID's spell their sentences
-            other = np.resize(sound_of(p := paths[(k + len(paths) // 2) % len(paths)], probe(p)[0]), len(sound))
-            controls = {f"{network}-other-sound": other, f"{network}-silence": sound * 0} if args.controls else {}
-            jobs += [(system, path, path.stem, args.seed + k, heard, None) for system, heard in ({network: sound} | controls).items()]
-        for k in range(args.long_videos if args.long else 0):
-            sound, gap, phones = long_take(paths, k, args.long, bench)
-            jobs.append((f"{network}-long", paths[k % len(paths)], f"long_{k}", args.seed + k, sound, {"gap": gap, "phones": phones}))
+            notes.append(f"the {network} in {options.weights} is untrained: its videos are noise")
         timing = {}
-        for system, path, name, seed, sound, truth in tqdm(jobs, f"generating, {network}", unit="video", disable=None):
-            folder = args.out / "videos" / system
+        jobs = list_jobs(network, paths, options)
+        for system, clip, name, seed, sound, about in tqdm(jobs, f"generating, {network}",
+                                                           unit="video", disable=None):
+            folder = options.out / "videos" / system
             folder.mkdir(parents=True, exist_ok=True)
-            timing.setdefault(folder, {})[name] = make_video(models, folder, name, next(squares(path, models.size)), sound, steps, seed, args)
-            if truth:                                                           # the truth of a long video lies beside it
-                curves = {} if truth["gap"] is None else {"gap": truth["gap"]}
-                np.savez(folder / f"{name}.npz", box=np.array(box_of(path)) * models.size, **curves)
-                Image.fromarray(next(squares(path, models.size))).save(folder / f"{name}.png")
-                write(folder / f"{name}.json", json.dumps({"identity": sidecar_text(path, "identity", path.stem), "phones": truth["phones"]}))
-        for folder, rows in timing.items():
-            write(folder / "timing.json", json.dumps(rows))
+            picture = next(squares(clip, models.size))
+            speed = make_video(models, folder / f"{name}.mp4", picture, sound, seed, options)
+            timing.setdefault(folder, {})[name] = speed
+            if about:
+                Image.fromarray(picture).save(folder / f"{name}.png")
+                write_json(folder / f"{name}.json", about)
+        for folder, speeds in timing.items():
+            write_json(folder / "timing.json", speeds)
         folders += timing
     return folders
 
-
-# ---------------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------------- main
 
 
 def held_out(folder, count):
-    """The first `count` videos of a data folder that no training script has seen: data.py's "val"."""
-    who = {path: sidecar_text(path, "identity", path.stem) for path in media_files(Path(folder), VIDEOS | PICTURES)}
-    part = split_of(Path(folder), who)
-    return [path for path in who if part[path] == "val" and path.suffix.lower() in VIDEOS][:count]
+    """The first videos of a data folder that no training program has seen: its "val" split."""
+    files = media_files(folder, VIDEOS | PICTURES)
+    part = split_of(folder, {path: sidecar_text(path, "identity", path.stem) for path in files})
+    videos = [path for path in files if part[path] == "val" and path.suffix.lower() in VIDEOS]
+    return videos[:count]
 
 
-def list_systems(args, bench):
-    """-> {system: [Item]}: real clips, their bounds, and every folder of generated videos (made first with --weights and --data)."""
-    paths = held_out(args.data, args.clips) if args.data else media_files(args.real, VIDEOS)
-    if not paths:
-        raise ValueError(f"no {'held-out ' if args.data else ''}video in {args.data or args.real}")
-    folders = [Path(f) for f in args.generated or generate(args, paths, bench)]
-    real, pictures = {p.stem: p for p in paths}, {}
-    for folder in [args.reference] if args.reference else folders:
-        pictures[folder] = {p.stem: p for p in media_files(folder, PICTURES)}
+def list_systems(folders, paths, options):
+    """-> {system: [Item]}: real clips, what is made of them, and every folder of videos."""
+    real = {path.stem: path for path in paths}
     systems = {}
     for folder in folders:
-        videos = media_files(folder, VIDEOS)
-        if not videos:
+        pictures = {p.stem: p for p in media_files(options.reference or folder, PICTURES)}
+        systems[folder.resolve().name] = [
+            Item(v.stem, v, real.get(v.stem), pictures.get(v.stem))
+            for v in media_files(folder, VIDEOS)]
+        if not systems[folder.resolve().name]:
             raise ValueError(f"no video in {folder}")
-        known = pictures.get(args.reference or folder, {})
-        systems[folder.resolve().name] = [Item(v.stem, v, real.get(v.stem), known.get(v.stem)) for v in videos]
-    made = {item.name for items in systems.values() for item in items}
-    some = [p for name, p in real.items() if name in made] or paths
-    known = pictures.get(args.reference, {})
-    clips = [Item(p.stem, p, p, known.get(p.stem)) for p in some]
-    bounds = {"real": clips, "vae": [replace(i, how="vae") for i in clips] if bench.vae else [], "frozen": [replace(i, how="frozen") for i in clips]}
-    return {name: items for name, items in (bounds | systems).items() if items}
+    if clash := {"real", "VAE only", "frozen"} & set(systems):
+        raise ValueError(f"a folder of generated videos cannot be called {clash.pop()}")
+    needed = {name for items in systems.values() for item in items for name in item.clips}
+    used = [path for path in paths if path.stem in needed] or paths
+    pictures = {}
+    if options.reference:
+        pictures = {p.stem: p for p in media_files(options.reference, PICTURES)}
+    clips = [Item(path.stem, path, path, pictures.get(path.stem)) for path in used]
+    scale = {"real": clips}
+    if options.weights:
+        scale["VAE only"] = [replace(item, how="VAE only") for item in clips]
+    scale["frozen"] = [replace(item, how="frozen") for item in clips]
+    return scale | systems
 
 
-def measure(args, bench):
-    """-> rows of the pieces, rows of the videos."""
-    systems, piece_rows, video_rows = list_systems(args, bench), [], []
-    if clash := {"real", "vae", "frozen"} & {Path(f).resolve().name for f in args.generated or []}:
-        raise ValueError(f"a folder of generated videos cannot be called {clash.pop()}: that name is a bound's")
+def measure(tools, results, systems):
+    """-> rows of the segments, rows of the videos."""
+    segment_rows = []
+    video_rows = []
     for system, items in systems.items():
         timing = items[0].video.parent / "timing.json"
-        speed = json.loads(timing.read_text(encoding="utf-8")) if items[0].how == "as it is" and timing.is_file() else {}
-        for k, item in enumerate(tqdm(items, f"measuring, {system}", unit="video", disable=None)):
-            bench.half = f"real/{k % 2}" if system == "real" else None
-            rows, video = measure_video(bench, system, item)
-            piece_rows += rows
-            video_rows.append(video | speed.get(item.name, {}))
-    if not piece_rows:
+        made_here = items[0].how == "as it is" and timing.is_file()
+        speed = json.loads(timing.read_text(encoding="utf-8")) if made_here else {}
+        for item in tqdm(items, f"measuring, {system}", unit="video", disable=None):
+            rows, row = measure_video(tools, results, system, item)
+            segment_rows += rows
+            video_rows.append(row | speed.get(item.name, {}))
+    if not segment_rows:
         raise ValueError(f"no video could be measured: {video_rows[0].get('note')}")
-    return piece_rows, video_rows
+    return segment_rows, video_rows
 
 
-def build_report(args, argv, bench, piece_rows, video_rows):
-    remarks = Counter((r["system"], r["note"]) for r in video_rows if r.get("note"))
-    systems, drift = {}, {}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for name in dict.fromkeys(r["system"] for r in video_rows):
-            systems[name] = summarise(name, [r for r in video_rows if r["system"] == name], bench.sums)
-            for t in WINDOWS:
-                rows = [r for r in piece_rows if r["system"] == name and round(r["start"] * FPS) + PIECE == t * FPS and r["frames"] >= PIECE]
-                if rows:
-                    drift.setdefault(name, {})[str(t)] = summarise(name, rows, bench.sums, t)
-    notes = [*bench.notes, *(f"{system}: {note} ({n} videos)" for (system, note), n in remarks.items())]
-    notes += dict.fromkeys(str(w.message) for w in caught)
-    return {"command": "python evaluate.py " + " ".join(map(str, argv)), "commit": commit(), "seed": args.seed, "systems": systems, "drift": drift,
-            "machine": f"{bench.device}, {torch.get_num_threads()} threads, torch {torch.__version__}", "notes": notes}
-
-
-def build_parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--generated", nargs="+", type=Path, metavar="DIR", help="folders of generated videos; a folder is a system, its name the column")
-    p.add_argument("--real", type=Path, help="folder of the real videos, of the same names")
-    p.add_argument("--reference", type=Path, help="folder of portraits, of the same names (default: first frames of the real videos)")
-    p.add_argument("--weights", type=Path, help="folder of weights: generates with them, adds the VAE's bound, says how long a chunk is")
-    p.add_argument("--data", type=Path, help="folder of clips: its held-out ones are generated and are the real ones")
-    p.add_argument("--out", type=Path, default=Path("report"), help="where everything goes (default report)")
-    p.add_argument("--networks", nargs="+", choices=["teacher", "student"], default=["teacher", "student"], help="which to generate with")
-    p.add_argument("--clips", type=int, default=20, help="held-out clips to generate (default 20)")
-    p.add_argument("--controls", action="store_true", help="generate with another clip's sound and in silence, too")
-    p.add_argument("--long", type=float, default=0, help="seconds of a long video for the drift report: 600 (default none)")
-    p.add_argument("--long-videos", type=int, default=1, help="how many of them (default 1)")
-    p.add_argument("--teacher-steps", type=int, default=30, help="denoising steps of the teacher (default 30)")
-    p.add_argument("--student-steps", type=int, default=4, help="... of the student (default 4)")
-    p.add_argument("--guidance", type=float, default=4.0, help="audio guidance of the teacher (default 4)")
-    p.add_argument("--guidance-focus", type=float, default=16.0, help="how narrowly, to where the sound is heard; 0: everywhere (default 16)")
-    p.add_argument("--liveliness", type=float, default=1.4, help="factor on what else differs from the portrait, in noise (default 1.4; 1: none)")
-    p.add_argument("--continuity-frames", type=int, default=9, help="frames handed from chunk to chunk; says where the seams are (default 9)")
-    p.add_argument("--size", type=int, help="pixels along each side at which everything is measured (default: that of the weights, else 128)")
-    p.add_argument("--every", type=int, default=5, help="every n-th frame goes into FID and identity (default 5)")
-    p.add_argument("--proxies", type=Path, default=Path(__file__).parent / "weights" / "tiny" / "proxies", help="folder of the proxies")
-    files = ("inception-2015-12-05.pt (TorchScript)", "i3d_torchscript.pt", "syncnet_v2.model", "ArcFace as .onnx or TorchScript")
-    for kind, what in zip(KINDS, files):
-        p.add_argument(f"--{kind}-weights", type=Path, metavar="FILE", help=f"official weights: {what}")
-    p.add_argument("--seed", type=int, default=0, help="of the first clip's noise, the next one has the next (default 0)")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if there is one")
-    return p
-
-
-def run(args, argv):
-    if bool(args.generated) == bool(args.data) or bool(args.generated) != bool(args.real) or args.data and not args.weights:
-        raise ValueError("either --generated DIR --real DIR, or --weights DIR --data DIR")
-    if min(args.clips, args.every, args.long_videos) < 1 or args.long < 0 or args.continuity_frames % 4 != 1:
-        raise ValueError("--clips, --every and --long-videos must be at least 1, --long 0 or more, --continuity-frames 1, 5, 9 or 13")
-    for folder in filter(None, [*(args.generated or []), args.real, args.data, args.reference]):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no such folder: {folder}")
-    if args.size is None:
-        config = args.weights / "config.json" if args.weights else Path()
-        args.size = int(json.loads(config.read_text(encoding="utf-8")).get("size", 128)) if config.is_file() else 128
-    if args.size < 32 or args.size % 8:
-        raise ValueError(f"--size {args.size} must be 32, 40, 48, ...")
-    begin = time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args, [])
-    for note in bench.notes:
+def run(options, argv):
+    options = check(options)
+    began = time.perf_counter()
+    options.out.mkdir(parents=True, exist_ok=True)
+    tools = rulers.Rulers(options)
+    results = rulers.Results()
+    for note in tools.notes:
         print(f"note: {note}")
-    piece_rows, video_rows = measure(args, bench)
-    report = build_report(args, argv, bench, piece_rows, video_rows)
-    write_json(args.out / "report.json", report)
-    write(args.out / "report.md", markdown(report))
-    write_csv(args.out / "pieces.csv", piece_rows)
-    write_csv(args.out / "videos.csv", video_rows)
-    plot(args.out / "drift.png", piece_rows)
-    contact_sheet(args.out / "sheet.png", bench.sheet)
-    print((args.out / "report.md").read_text(encoding="utf-8"))
-    print(f"report: {args.out / 'report.md'}\nvideos: {len(video_rows)}\nsystems: {' '.join(report['systems'])}\n"
-          f"minutes: {(time.perf_counter() - begin) / 60:.1f}\npeak_memory: {infer.peak_memory()}")
+    paths = held_out(options.data, options.clips) if options.data else (
+        media_files(options.real, VIDEOS))
+    if not paths:
+        raise ValueError(f"no video in {options.real}" if options.real else
+                         f"no held-out video in {options.data}")
+    folders = options.generated or generate(options, paths, tools.notes)
+    systems = list_systems(folders, paths, options)
+    results.groups = {rulers.people_of(items) for items in systems.values()}
+    segment_rows, video_rows = measure(tools, results, systems)
+    summaries, notes = rulers.summarise(tools, results, systems, segment_rows, video_rows)
+    machine = f"{tools.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    found = {"command": shlex.join(["python", "evaluate.py", *argv]), "commit": report.commit(),
+             "seed": options.seed, "machine": machine, **summaries, "notes": notes}
+    report.write(options.out, found, segment_rows, video_rows, results.tiles)
+    print(report.markdown(found))
+    print(f"report: {options.out / 'report.md'}\nvideos: {len(video_rows)}\n"
+          f"systems: {' '.join(systems)}\nminutes: {(time.perf_counter() - began) / 60:.1f}\n"
+          f"peak_memory: {peak_memory()}")
+
+
+def check(options):
+    """ValueError or FileNotFoundError for bad options. -> options with their size."""
+    has_videos = bool(options.generated) and bool(options.real)
+    has_data = bool(options.data) and bool(options.weights)
+    half = bool(options.generated) != bool(options.real)
+    if has_videos == has_data or half or (has_videos and options.data):
+        raise ValueError("either --generated DIR --real DIR, or --weights DIR --data DIR")
+    if min(options.clips, options.every, options.long_videos) < 1 or options.long < 0:
+        raise ValueError("--clips, --every and --long-videos must be at least 1, --long 0 or more")
+    folders = [*options.generated, options.real, options.data, options.reference, options.weights]
+    for folder in folders:
+        if folder and not folder.is_dir():
+            raise FileNotFoundError(f"no such folder: {folder}")
+    size = options.size
+    if size is None and options.weights:
+        config = json.loads((options.weights / "config.json").read_text(encoding="utf-8"))
+        size = config["size"]
+    if size is None:
+        videos = media_files(options.generated[0], VIDEOS)
+        if not videos:
+            raise ValueError(f"no video in {options.generated[0]}")
+        size = video.side_of(videos[0]) // 16 * 16
+    if size < 32 or size % 16:
+        raise ValueError(f"--size must be a multiple of 16, at least 32, not {size}")
+    return replace(options, size=size)
 
 
 def main(argv=None):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # kill is Ctrl-C
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["train-proxies"]:
-        return train_proxies.main(argv[1:])
-    args = build_parser().parse_args(argv)
-    try:
-        run(args, argv)
-    except (ValueError, OSError, av.error.FFmpegError, KeyboardInterrupt) as error:
-        print(f"evaluate.py: {str(error) or 'stopped; videos generated so far are kept'}", file=sys.stderr)
-        raise SystemExit(2 if str(error) else 130) from None
+    options = tyro.cli(Options, args=argv, prog="evaluate.py", description=__doc__,
+                       config=(tyro.conf.FlagCreatePairsOff,))
+    with one_line_errors("evaluate.py", "stopped; videos generated so far are kept"):
+        run(options, argv)
 
 
 if __name__ == "__main__":

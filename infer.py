@@ -150,8 +150,8 @@ def generate(models, image, audio, seed=0, steps=None, guidance=None, continuity
     "latents" takes the last latents as they are, Appendix D's comparison. clock: a Stopwatch.
     Same seed, same frames. ValueError, at the first frame, for values outside these."""
     # PLUMBING: options, and the stages, each timed by the clock
-    steps = models.steps if steps is None else steps
     check_options(models, seed, steps, guidance, continuity_mode)
+    steps = models.steps if steps is None else steps
     guidance = models.guidance if guidance is None else guidance
     generator = torch.Generator().manual_seed(seed)                 # CPU: same noise everywhere
     image = image.to(models.vae.stats.device)
@@ -193,9 +193,10 @@ def check_options(models, seed, steps, guidance, continuity_mode):
     """ValueError for options of generate() that it cannot follow."""
     if guidance is not None and models.network == "student":
         raise ValueError("the student takes no --guidance: it has learned the teacher's")
-    if steps < 1 or not 0 <= seed < 2**63 or continuity_mode not in ("reencode", "latents"):
-        raise ValueError("steps must be 1 or more, the seed in [0, 2^63), "
-                         "continuity_mode reencode or latents")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be 1 or more, not {steps}")
+    if not 0 <= seed < 2**63 or continuity_mode not in ("reencode", "latents"):
+        raise ValueError("the seed must be in [0, 2^63), continuity_mode reencode or latents")
 
 
 def sample(models, noise, z_id, features, kappa, steps, guidance, generator):
@@ -253,6 +254,7 @@ def prepare(options):
     if out.resolve() in (options.audio.resolve(), options.image.resolve()):
         raise ValueError(f"{out} is one of the inputs: choose another --out")
     models = load(options.weights, options.network, options.device, options.dtype)
+    check_options(models, options.seed, options.steps, options.guidance, options.continuity_mode)
     image = common.load_image(options.image, models.size)
     if not models.trained:
         print(f"note: this {models.network} is untrained: the video is noise", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""Laws of the report: bounds are bounds, pieces lose nothing, bad input is a row or a line, and the same videos give the same figures."""
+"""Properties of the report: the scale is a scale, segments lose nothing, bad input is a row or a
+line, and the same videos give the same figures."""
+import dataclasses
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -8,118 +10,176 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+import talking
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors.torch import save_file
 
-import evaluate as E
+import evaluate
 import infer
-import metrics
-import proxies
-import train_proxies
-from data import HOP, ClipFolder, write_mp4
-from report import summarise
+from common import Mp4Writer, write_mp4
+from data import HOP
+from measure import fid, report, rulers, video
+from measure.landmarks import eye_distance
+from measure.rulers import Item
 
 SIDE = 64
 
 
-def test_films_are_guided_as_asked(tmp_path, monkeypatch):
-    """What evaluate.py is told of guidance reaches infer.py."""
-    seen = {}
-    monkeypatch.setattr(infer, "generate", lambda *given, **told: seen.update(told, seed=given[4]) or iter([np.zeros((3, SIDE, SIDE, 3), np.uint8)]))
-    args = SimpleNamespace(continuity_frames=9, guidance=2.0, guidance_focus=7.0, liveliness=3.0)
-    models = SimpleNamespace(audio=SimpleNamespace(device="cpu"), size=SIDE)
-    E.make_video(models, tmp_path, "film", np.zeros((SIDE, SIDE, 3), np.uint8), torch.zeros(3 * HOP), 4, 5, args)
-    assert seen == {"guidance": 2.0, "guidance_focus": 7.0, "liveliness": 3.0, "seed": 5}
-
-
-def talker(path, seed, frames=80, tint=0.0, labels=True):
-    """A film of a flat face: its mouth opens as its sound gets louder, its skin reddens by `tint` a second; a puppet's sidecars beside it."""
+def talker(path, seed, frames=80, reddens=0.0, labels=True):
+    """A video of a flat face: its mouth opens as its sound gets louder, its skin reddens by so
+    many grey levels a second; beside it who it is and what is said."""
     rng = np.random.default_rng(seed)
-    opening = np.clip(np.convolve(rng.random(frames + 2), np.ones(3) / 3, "valid") * 2 - 0.5, 0, 1)
+    opening = np.convolve(rng.random(frames + 2), np.ones(3) / 3, "valid") * 2 - 0.5
+    opening = np.clip(opening, 0, 1)
     texture = np.kron(rng.integers(90, 160, (8, 8, 3)), np.ones((SIDE // 8, SIDE // 8, 1)))
-    film = np.clip(texture + (np.arange(frames) / 25 * tint)[:, None, None, None] * [1, 0, 0], 0, 255).astype(np.uint8)
-    for picture, h in zip(film, opening):
-        picture[int(SIDE * (0.71 - 0.1 * h)):int(SIDE * (0.71 + 0.1 * h)), int(0.4 * SIDE):int(0.6 * SIDE)] = 10
-    audio = (rng.standard_normal(frames * HOP) * np.repeat(opening, HOP) * 5000).clip(-32768, 32767).astype(np.int16)
-    write_mp4(path, film, audio)
+    shift = (np.arange(frames) / 25 * reddens)[:, None, None, None] * [1, 0, 0]
+    pictures = np.clip(texture + shift, 0, 255).astype(np.uint8)
+    for picture, h in zip(pictures, opening):
+        top, bottom = int(SIDE * (0.71 - 0.1 * h)), int(SIDE * (0.71 + 0.1 * h))
+        picture[top:bottom, int(0.4 * SIDE):int(0.6 * SIDE)] = 10
+    sound = rng.standard_normal(frames * HOP) * np.repeat(opening, HOP) * 5000
+    write_mp4(path, pictures, sound.clip(-32768, 32767).astype(np.int16))
     if labels:
-        np.savez(path.with_suffix(".npz"), gap=np.float32(0.27 * opening), blink=np.zeros(frames, np.float32), box=np.array(metrics.FACE_BOX) * SIDE)
-        text = {"identity": path.stem, "phones": [[0, frames / 25 - 0.4, "ɑ"], [frames / 25 - 0.4, frames / 25, "sil"]]}
-        path.with_suffix(".json").write_text(json.dumps(text), encoding="utf-8")
+        end = frames / 25
+        about = {"identity": path.stem, "phones": [[0, end - 0.4, "ɑ"], [end - 0.4, end, "sil"]]}
+        path.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def by_darkness(net, frames, box):
-    """Stands in for the trained face proxy: the dark part of the middle column is the mouth."""
-    dark = (frames[:, :, int(0.45 * frames.shape[2]):int(0.55 * frames.shape[2])].mean((2, 3)) < 40).mean(1)
-    return dark, np.zeros(len(frames)), np.ones(len(frames))
+class ByDarkness:
+    """In place of the landmarker: one face that does not move, whose lips part as far as the
+    middle of the picture is dark."""
+    presence = 1.0
+
+    def __init__(self, device="cpu"):
+        self.device = device
+
+    def points(self, frames):
+        side = frames.shape[2]
+        points = talking.portrait()[1] * (side / talking.SIDE)
+        points = points.repeat(len(frames), 1, 1)
+        middle = frames[:, :, int(0.45 * side):int(0.55 * side)].mean((2, 3))
+        gap = torch.tensor((middle < 40).mean(1)) * eye_distance(points)
+        for upper, lower in ((82, 87), (13, 14), (312, 317)):
+            points[:, lower] = points[:, upper]
+            points[:, lower, 1] += gap
+        if not self.presence:
+            points = points * torch.nan
+        return points, torch.full((len(frames),), self.presence)
+
+    def blendshapes(self, points):
+        return torch.zeros(len(points), 52)
+
+
+class Inception(torch.nn.Module):
+    def forward(self, x, return_features: bool = False):
+        return x.float().mean((2, 3))
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """real/ with three talkers, copy/ with the same; proxies/ with random networks: their figures mean nothing, their plumbing does."""
+    """real/ with three talkers, copy/ with the same, a small network that is called FID's."""
     root = tmp_path_factory.mktemp("shelf")
-    for name in ("real", "copy", "proxies"):
+    for name in ("real", "copy"):
         (root / name).mkdir()
     for seed in range(3):
         talker(root / "real" / f"t{seed}.mp4", seed)
         shutil.copy(root / "real" / f"t{seed}.mp4", root / "copy")
-    torch.manual_seed(0)
-    small = metrics.SyncNetConfig(80, (4,) * 6, (4,) * 6, 4, "mouth")
-    save_file(metrics.SyncNet(small).state_dict(), root / "proxies" / "sync.safetensors", {"proxy": "sync", "config": json.dumps(asdict(small))})
-    for kind in ("identity", "face"):
-        save_file(proxies.CLASSES[kind]().state_dict(), root / "proxies" / f"{kind}.safetensors", {"proxy": kind, "config": "{}"})
+    torch.jit.script(Inception()).save(root / "fid.pt")
     return root
 
 
-def report(shelf, out, *words):
-    E.main([*map(str, words), "--proxies", str(shelf / "proxies"), "--size", str(SIDE), "--out", str(out), "--device", "cpu"])
+@pytest.fixture(autouse=True)
+def light(monkeypatch):
+    """These tests are about the report: the networks are measured in test_measure.py."""
+    monkeypatch.setattr(rulers, "Landmarker", ByDarkness)
+    for module, name in ((rulers.identity, "sface"), (fid, "lite0"),
+                         (rulers.sync, "lip_predictor")):
+        monkeypatch.setattr(module, name, lambda device: None)
+
+
+def make_report(out, *words):
+    evaluate.main([*map(str, words), "--size", str(SIDE), "--out", str(out), "--device", "cpu"])
     return json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 
-def test_real_is_the_upper_bound_and_frozen_the_lower(shelf, tmp_path, monkeypatch):
-    """Every table has its scale: the real clip has the truth's mouth; a frozen face has a flawless picture, and no mouth and no motion."""
-    monkeypatch.setattr(proxies, "read_faces", by_darkness)
+# ---------------------------------------------------------------------------------------- report
+
+
+def test_frozen_and_late_videos_are_punished(shelf, tmp_path):
+    """Property: every table has its scale: a copy of the real clip has its lips; a frozen face has
+    a flawless picture, and no lips and no motion; late lips match 1 frame late."""
     (tmp_path / "late").mkdir()
-    for clip in (shelf / "real").glob("*.mp4"):                                 # a system whose pictures come 1 frame late
-        film, sound = np.stack(list(E.squares(clip, SIDE))), E.sound_of(clip, 3.2)[:80 * HOP]
-        write_mp4(tmp_path / "late" / clip.name, np.concatenate([film[:1], film[:-1]]), (sound * 32767).astype(np.int16))
-    found = report(shelf, tmp_path / "out", "--generated", tmp_path / "late", "--real", shelf / "real")
-    real, frozen, late = (found["systems"][k] for k in ("real", "frozen", "late"))
-    assert real["mouth"]["mean"] > 0.95 and frozen["mouth"]["mean"] == 0 and late["mouth"]["mean"] < 0.8 < late["mouth_late"]["mean"]
-    assert frozen["motion"]["mean"] < 0.2 and frozen["head"]["mean"] < 1e-3 and frozen["colour"]["mean"] < 0.5
-    assert real["mouth"]["n"] == 3 and real["mouth"]["sd"] is not None and found["seed"] == 0 and found["commit"]
-    for name in ("report.md", "videos.csv", "pieces.csv", "drift.png", "sheet.png"):
+    for clip in (shelf / "real").glob("*.mp4"):
+        frames = np.stack(list(video.squares(clip, SIDE)))
+        sound = video.sound_of(clip, 3.2)[:80 * HOP]
+        late = np.concatenate([frames[:1], frames[:-1]])
+        write_mp4(tmp_path / "late" / clip.name, late, (sound * 32767).astype(np.int16))
+    found = make_report(tmp_path / "out", "--generated", shelf / "copy", tmp_path / "late",
+                        "--real", shelf / "real")
+    frozen, copy, late = (found["systems"][name] for name in ("frozen", "copy", "late"))
+    assert copy["lips"]["mean"] > 0.95 and frozen["lips"]["mean"] == 0
+    assert late["lips"]["mean"] < 0.8 < late["lips_late"]["mean"]
+    assert frozen["motion"]["mean"] < 0.2 and frozen["head_shift"]["mean"] < 1e-3
+    assert frozen["colour"]["mean"] < 0.5
+    assert copy["lips"]["n"] == 3 and copy["lips"]["sd"] is not None
+    assert found["seed"] == 0 and found["commit"]
+    for name in ("report.md", "videos.csv", "segments.csv", "drift.png", "sheet.jpg"):
         assert (tmp_path / "out" / name).stat().st_size > 100
     table = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "| metric | real | frozen | late |" in table and "FID is left out" in table and "| FID" not in table
+    assert "| metric | real | frozen | copy | late |" in table
+    assert "FID is left out" in table and "| FID" not in table
+    assert "| metric | other audio | blur 1 px |" in table
+
+
+def test_a_missing_ruler_is_one_line(shelf, tmp_path):
+    """Property: what is not installed is left out, in one line that says how to get it, and
+    nothing takes its place."""
+    found = make_report(tmp_path / "out", "--generated", shelf / "copy", "--real", shelf / "real")
+    for how in (rulers.identity.NOTE, fid.LITE0_NOTE, rulers.sync.WHISPER_NOTE):
+        assert len([note for note in found["notes"] if how in note]) == 1
+    assert not {"sface", "kid", "perceptual", "lip_sync", "fid"} & set(found["systems"]["copy"])
 
 
 def test_same_videos_same_figures(shelf, tmp_path):
-    """A report is a function of its videos: a difference between two runs is a difference between two systems."""
-    one, two = (report(shelf, tmp_path / name, "--generated", shelf / "copy", "--real", shelf / "real") for name in "ab")
-    assert one["systems"] == two["systems"] and one["drift"] == two["drift"]
-    assert one["systems"]["frozen"].keys() >= {"proxy_sync_now", "proxy_identity", "proxy_frechet", "faces"}
+    """Property: a report is a function of its videos: a difference between two reports is a
+    difference between two systems. A copy has no distance to what it copies."""
+    words = ["--generated", shelf / "copy", "--real", shelf / "real", "--fid-weights",
+             shelf / "fid.pt"]
+    one, two = (make_report(tmp_path / name, *words) for name in "ab")
+    for part in ("systems", "scale", "drift"):
+        assert one[part] == two[part]
+    systems = one["systems"]
+    assert systems["frozen"].keys() >= {"fid", "lips", "faces", "sharpness", "blinks"}
+    assert systems["copy"]["fid"]["mean"] < 1e-6 < systems["frozen"]["fid"]["mean"]
 
 
 def test_drift_is_read_at_its_time(shelf, tmp_path):
-    """A face that reddens by half a grey level a second has reddened by 1.25 in the 5 s that end at 5, by 23.75 in those that end at 50."""
+    """Property: a face that reddens by half a grey level a second has reddened by 1.25 in the 5 s
+    that end at 5, by 23.75 in those that end at 50."""
     (tmp_path / "red").mkdir()
-    talker(tmp_path / "red" / "long.mp4", 5, 1250, tint=0.5, labels=False)
-    drift = report(shelf, tmp_path / "out", "--generated", tmp_path / "red", "--real", shelf / "real")["drift"]["red"]
-    assert set(drift) == {"5", "50"} and abs(drift["50"]["colour"]["mean"] - drift["5"]["colour"]["mean"] - 22.5) < 2
-    assert "Drift" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    talker(tmp_path / "red" / "long.mp4", 5, 1250, reddens=0.5, labels=False)
+    drift = make_report(tmp_path / "out", "--generated", tmp_path / "red",
+                        "--real", shelf / "real")["drift"]["red"]
+    assert set(drift) == {"5", "50"}
+    assert abs(drift["50"]["colour"]["mean"] - drift["5"]["colour"]["mean"] - 22.5) < 2
+    assert "Drift of red" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
-def test_pieces_lose_no_frame_and_hold_few():
-    """Ten minutes go through in pieces of 5 s; never are more than two of them in memory. A short rest joins its neighbour."""
-    alive, most = set(), 0
+def test_segments_lose_no_frame_and_hold_few():
+    """Property: ten minutes go through in segments of 5 s; never are more than three of them in
+    memory. A short rest joins its neighbour."""
+    alive = set()
+    most = 0
 
     class Frame(np.ndarray):
-        def __del__(self):
-            alive.discard(self.number) if getattr(self, "number", None) is not None else None
+        number = None
 
-    def film(n):
+        def __del__(self):
+            alive.discard(self.number)
+
+    def video_of(n):
         nonlocal most
         for i in range(n):
             frame = np.full((1, 1, 3), i % 251, np.uint8).view(Frame)
@@ -129,243 +189,318 @@ def test_pieces_lose_no_frame_and_hold_few():
             yield frame
     for n in (1, 81, 125, 130, 187, 250, 15000):
         sizes, values = [], []
-        for piece in E.pieces(film(n)):
-            sizes.append(len(piece)), values.append(np.asarray(piece[:, 0, 0, 0]))
-        assert np.array_equal(np.concatenate(values), np.arange(n) % 251) and max(sizes) < 125 + 63 and (n < 62 or min(sizes) >= 62)
+        for segment in video.segments(video_of(n)):
+            sizes.append(len(segment))
+            values.append(np.asarray(segment[:, 0, 0, 0]))
+        assert np.array_equal(np.concatenate(values), np.arange(n) % 251)
+        assert max(sizes) < 125 + 63 and (n < 62 or min(sizes) >= 62)
     assert most < 3 * 125
 
 
 def test_bad_videos_are_rows_that_say_so(shelf, tmp_path):
-    """No video stops the report, and none is passed over in silence: rubbish, no sound, another rate, another length, no partner."""
+    """Property: no video stops the report, and none is passed over in silence: rubbish, no sound,
+    another rate, another length, no real clip."""
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "rubbish.mp4").write_bytes(b"no video")
-    with av.open(str(bad / "t0.mp4"), "w") as file:                             # 30 frames a second, no sound, too short
+    with av.open(str(bad / "t0.mp4"), "w") as file:     # 30 frames a second, no sound, too short
         stream = file.add_stream("libx264", 30)
         stream.width = stream.height = SIDE
         for i in range(60):
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((SIDE, SIDE, 3), 2 * i, np.uint8))))
+            picture = np.full((SIDE, SIDE, 3), 2 * i, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
         file.mux(stream.encode(None))
-    talker(bad / "stranger.mp4", 9, 40, labels=False)
-    found = report(shelf, tmp_path / "out", "--generated", bad, "--real", shelf / "real")
-    notes = [n for n in found["notes"] if n.startswith("bad: ")]
-    said = "\n".join(notes)
-    for words in ("not measured: ", "30.00 frames a second, read as 25", "no audio; the real clip's sound is used", "50 frames, 80 in the truth",
+    talker(bad / "unknown.mp4", 9, 40, labels=False)
+    found = make_report(tmp_path / "out", "--generated", bad, "--real", shelf / "real")
+    notes = "\n".join(note for note in found["notes"] if note.startswith("bad: "))
+    for words in ("not measured: ", "30.00 frames a second, read as 25",
+                  "no audio; the real clip's sound is used", "50 frames, 80 in the real clip",
                   "no real clip of this name"):
-        assert words in said, (words, said)
+        assert words in notes, (words, notes)
 
 
-def test_a_picture_without_a_face_is_called_so(shelf, tmp_path, monkeypatch):
-    """Fog must not get a good sync score unseen."""
-    monkeypatch.setattr(proxies, "read_faces", lambda net, frames, box: (np.zeros(len(frames)),) * 3)
-    found = report(shelf, tmp_path / "out", "--generated", shelf / "copy", "--real", shelf / "real")
-    assert any("no face in 100 % of the frames" in note for note in found["notes"])
+def test_a_video_without_a_face_is_called_so(shelf, tmp_path, monkeypatch):
+    """Property: noise must not get a good score unseen."""
+    monkeypatch.setattr(ByDarkness, "presence", 0.0)
+    found = make_report(tmp_path / "out", "--generated", shelf / "copy", "--real", shelf / "real")
+    notes = "\n".join(found["notes"])
+    assert "no face in 100 % of the frames" in notes and "no face in the reference" in notes
+    assert found["systems"]["copy"]["faces"]["mean"] == 0
+    assert "lips" not in found["systems"]["copy"]
+
+
+# --------------------------------------------------------------------------------------- options
 
 
 @pytest.mark.parametrize("words, line", [
-    (("--generated", "EMPTY", "--real", "REAL"), "no video in"), (("--generated", "REAL", "--real", "EMPTY"), "no video in"),
-    (("--generated", "NO", "--real", "REAL"), "no such folder"), (("--generated", "REAL"), "either --generated"),
-    (("--data", "REAL"), "either --generated"), (("--generated", "REAL", "--real", "REAL", "--fid-weights", "NO"), "no such file"),
-    (("--generated", "REAL", "--real", "REAL", "--syncnet-weights", "FILE"), "no SyncNet"), (("train-proxies", "--data", "EMPTY"), "no train clip")])
+    (("--generated", "EMPTY", "--real", "REAL"), "no video in"),
+    (("--generated", "REAL", "--real", "EMPTY"), "no video in"),
+    (("--generated", "NO", "--real", "REAL"), "no such folder"),
+    (("--generated", "REAL"), "either --generated"), (("--data", "REAL"), "either --generated"),
+    (("--generated", "REAL", "--real", "REAL", "--clips", "0"), "at least 1"),
+    (("--generated", "REAL", "--real", "REAL", "--size", "40"), "a multiple of 16"),
+    (("--generated", "REAL", "--real", "REAL"), "cannot be called real"),
+    (("--generated", "COPY", "--real", "REAL", "--fid-weights", "NO"), "no such file"),
+    (("--generated", "COPY", "--real", "REAL", "--syncnet-weights", "FILE"), "no SyncNet")])
 def test_bad_input_is_one_line_and_exit_2(shelf, tmp_path, capsys, words, line):
-    """A mistake is told in one line, before anything is computed."""
+    """Property: a mistake ends in one line before anything is computed."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    places = {"EMPTY": tmp_path / "empty", "REAL": shelf / "real", "NO": tmp_path / "no", "FILE": tmp_path / "file"}
+    places = {"EMPTY": tmp_path / "empty", "REAL": shelf / "real", "COPY": shelf / "copy",
+              "NO": tmp_path / "no", "FILE": tmp_path / "file"}
     with pytest.raises(SystemExit) as stop:
-        E.main([str(places.get(w, w)) for w in words] + ([] if words[0] == "train-proxies" else ["--out", str(tmp_path / "out")]))
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and line in error.splitlines()[-1]
+        evaluate.main([*(str(places.get(w, w)) for w in words), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and line in error[0], error
+    assert not (tmp_path / "out" / "report.md").exists()
 
 
-def test_generating_first(shelf, tmp_path, monkeypatch):
-    """--weights and --data: held-out clips speak again through the network, also another's words and silence, and one for long; all in one table."""
+def test_flags_are_few_and_explained(capsys):
+    """Property: a reader can read all of --help: at most 25 flags, each with a comment."""
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--help"])
+    text = capsys.readouterr().out
+    fields = dataclasses.fields(evaluate.Options)
+    assert stop.value.code == 0 and len(fields) <= 25
+    source = (ROOT / "evaluate.py").read_text(encoding="utf-8")
+    for field in fields:
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert any(line.startswith(f"    {field.name}:") and "  # " in line
+                   for line in source.splitlines()), field.name
+
+
+def test_settings_reach_the_generator(tmp_path, monkeypatch):
+    """Property: what evaluate.py is told of steps, guidance and seed reaches infer.py; guidance is
+    the teacher's alone."""
+    seen = []
+
+    def generate(models, image, audio, seed=0, steps=None, guidance=None):
+        seen.append((models.network, tuple(image.shape), seed, steps, guidance))
+        yield np.zeros((3, SIDE, SIDE, 3), np.uint8)
+    monkeypatch.setattr(infer, "generate", generate)
+    options = evaluate.Options(steps=7, guidance=2.0)
+    picture, sound = np.zeros((SIDE, SIDE, 3), np.uint8), np.zeros(3 * HOP, np.float32)
+    for network in ("teacher", "student"):
+        models = SimpleNamespace(network=network, size=SIDE)
+        evaluate.make_video(models, tmp_path / f"{network}.mp4", picture, sound, 5, options)
+    shape = (1, 3, SIDE, SIDE)
+    assert seen == [("teacher", shape, 5, 7, 2.0), ("student", shape, 5, 7, None)]
+
+
+def test_a_broken_generation_leaves_no_half_video(tmp_path, monkeypatch):
+    """Property: a video that stops half-way would be measured as a short one: it is not kept."""
+    def generate(*_):
+        yield np.zeros((3, SIDE, SIDE, 3), np.uint8)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(infer, "generate", generate)
+    models = SimpleNamespace(network="student", size=SIDE)
+    picture, sound = np.zeros((SIDE, SIDE, 3), np.uint8), np.zeros(9 * HOP, np.float32)
+    with pytest.raises(KeyboardInterrupt):
+        path = tmp_path / "half.mp4"
+        evaluate.make_video(models, path, picture, sound, 0, evaluate.Options())
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- generation
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder of random weights of the smallest size; no teacher."""
     from audio import AudioEncoder
-    from dit import PRESETS as DIT
-    from dit import AudioDiT
-    from vae import PRESETS as VAE
-    from vae import WanVAE
+    from dit import PRESETS, AudioDiT
+    from vae import VAEConfig, WanVAE
     torch.manual_seed(0)
-    weights, heard = tmp_path / "weights", ROOT / "weights" / "tiny" / "whisper"
-    weights.mkdir()
-    encoder = AudioEncoder(heard)
-    vae = replace(VAE["tiny"], dim=8, dim_mult=(1, 1, 2, 2))
-    dit = replace(DIT["tiny"], dim=48, ffn_dim=64, layers=1, audio_layers=encoder.layers, audio_dim=encoder.dim, audio_hidden=16)
-    save_file(WanVAE(vae).state_dict(), weights / "vae.safetensors")
-    save_file(AudioDiT(dit).state_dict(), weights / "student.safetensors", {"trained": "no"})
-    config = {"vae": asdict(vae), "dit": asdict(dit), "audio": str(heard), "size": 32, "frames": 33}
-    (weights / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder = tmp_path_factory.mktemp("weights")
+    whisper = ROOT / "weights" / "tiny" / "whisper"
+    encoder = AudioEncoder(whisper)
+    vae = VAEConfig(dim=8, z_dim=8, dim_mult=(1, 1, 2, 2), num_res_blocks=1,
+                    latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8)
+    dit = replace(PRESETS["debug"], dim=48, ffn_dim=64, heads=4, layers=1, channels=8,
+                  audio_layers=encoder.layers, audio_dim=encoder.dim, audio_hidden=16)
+    save_file(WanVAE(vae).state_dict(), folder / "vae.safetensors")
+    save_file(AudioDiT(dit).state_dict(), folder / "student.safetensors", {"trained": "no"})
+    config = {"size": 32, "frames": 33, "continuity_frames": 9, "identity": "tre",
+              "audio": str(whisper), "vae": asdict(vae), "dit": asdict(dit),
+              "student": {"steps": 1, "timestep_shift": 5.0},
+              "teacher": {"steps": 1, "timestep_shift": 5.0, "guidance": 4.0}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_generating_first(shelf, weights, tmp_path, monkeypatch):
+    """Property: with --weights and --data the network animates held-out clips, also to another
+    clip's audio and in silence, and one for long; all in one table."""
     clips = Path(shutil.copytree(shelf / "real", tmp_path / "clips"))
-    (clips / "split.json").write_text('{"train": ["t2"], "val": ["t0", "t1"]}', encoding="utf-8")
-    command = ["--weights", str(weights), "--data", str(clips), "--controls", "--student-steps", "1", "--proxies", str(shelf / "proxies")]
-    with pytest.raises(SystemExit, match="2"):
-        E.main([*command, "--clips", "1", "--out", str(tmp_path / "one")])          # no other clip, no other's words
-    overlaps, row = [], metrics.picture_row
-    monkeypatch.setattr(metrics, "picture_row", lambda *given: overlaps.append(given[-1]) or row(*given))
-    E.main([*command, "--clips", "2", "--long", "5.2", "--out", str(tmp_path / "out"), "--device", "cpu"])
-    assert set(overlaps) == {0, 9} and overlaps.count(0) == 2                       # seams are looked for where they are: the VAE's chunks abut
+    split = {"train": ["t2"], "val": ["t0", "t1"]}
+    (clips / "split.json").write_text(json.dumps(split), encoding="utf-8")
+    command = ["--weights", str(weights), "--data", str(clips), "--controls", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="2"):          # no other clip, no other audio
+        evaluate.main([*command, "--clips", "1", "--out", str(tmp_path / "one")])
+    overlaps, motion_row = [], rulers.pixels.motion_row
+
+    def spy(frames, before, start, chunk, overlap):
+        overlaps.append((chunk, overlap))
+        return motion_row(frames, before, start, chunk, overlap)
+    monkeypatch.setattr(rulers.pixels, "motion_row", spy)
+    evaluate.main([*command, "--clips", "2", "--long", "5.2", "--out", str(tmp_path / "out")])
+    assert set(overlaps) == {(33, 0), (33, 9)}          # the VAE's chunks do not overlap
+    assert overlaps.count((33, 0)) == 2
     found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert list(found["systems"]) == ["real", "vae", "frozen", "student", "student-other-sound", "student-silence", "student-long"]
-    assert found["systems"]["student"]["fps"]["mean"] > 0 and set(found["drift"]) == {"student-long"}
-    assert any("teacher is left out" in n for n in found["notes"]) and any("is untrained" in n for n in found["notes"])
-    assert len(list(E.squares(tmp_path / "out" / "videos" / "student-long" / "long_0.mp4", 32))) == 130
-    assert not any("not measured" in n for n in found["notes"])
-    assert infer.CHUNK == 81 and found["systems"]["student-long"].keys() >= {"seam", "proxy_identity"}
+    assert list(found["systems"]) == ["real", "VAE only", "frozen", "student",
+                                      "student-other-audio", "student-silence", "student-long"]
+    assert found["systems"]["student"]["fps"]["mean"] > 0
+    assert set(found["drift"]) == {"student-long"}
+    notes = "\n".join(found["notes"])
+    assert "teacher is left out" in notes and "is untrained" in notes
+    assert "not measured" not in notes
+    long = tmp_path / "out" / "videos" / "student-long" / "long_0.mp4"
+    assert len(list(video.squares(long, 32))) == 130
+    assert found["systems"]["student-long"].keys() >= {"seam", "lips", "latency"}
+    again = tmp_path / "again"                          # the same videos, measured by themselves
+    folders = [str(tmp_path / "out" / "videos" / name) for name in ("student-long", "student")]
+    evaluate.main(["--generated", *folders, "--real", str(clips), "--weights", str(weights),
+                   "--out", str(again), "--device", "cpu"])
+    second = json.loads((again / "report.json").read_text(encoding="utf-8"))
+    for system in ("student", "student-long"):
+        assert second["systems"][system] == found["systems"][system]
 
 
-def test_the_other_sound_is_half_a_list_away(monkeypatch, tmp_path):
-    """Names sort alike sentences together (GRID: bbaf2n, bbaf3s, "bin blue at F ..."); whoever says nearly the same is no control. Every face has
-    noise of its own, and keeps it in the controls."""
-    paths, said, seeds = [tmp_path / f"{k}.mp4" for k in range(5)], {}, {}
-    monkeypatch.setattr(infer, "load", lambda *_: SimpleNamespace(trained=True, size=32))
-    monkeypatch.setattr(E, "probe", lambda path: (1.0, 1.0, []))
-    monkeypatch.setattr(E, "sound_of", lambda path, seconds: np.full(25 * HOP, int(path.stem), np.float32))
-    monkeypatch.setattr(E, "squares", lambda path, size: iter([np.zeros((32, 32, 3), np.uint8)]))
-    monkeypatch.setattr(E, "make_video", lambda models, folder, name, picture, sound, steps, seed, args:
-                        said.update({(folder.name, int(name)): sound[0]}) or seeds.update({(folder.name, int(name)): seed}) or {})
-    args = SimpleNamespace(seed=3, networks=["student"], weights=None, device="cpu", student_steps=4, controls=True, long=0, out=tmp_path)
-    E.generate(args, paths, SimpleNamespace(notes=[]))
-    assert [said["student", k] for k in range(5)] == [0, 1, 2, 3, 4]
-    assert [said["student-other-sound", k] for k in range(5)] == [2, 3, 4, 0, 1] and not any(said["student-silence", k] for k in range(5))
-    assert all(seed == 3 + k for (_, k), seed in seeds.items())
+def test_the_other_audio_is_half_a_list_away(monkeypatch, tmp_path):
+    """Property: names sort alike sentences together (GRID: bbaf2n, bbaf3s, "bin blue at F ...");
+    a neighbour that says nearly the same is no control. Every clip has noise of its own, and keeps
+    it in the controls."""
+    paths = [tmp_path / f"{k}.mp4" for k in range(5)]
+    monkeypatch.setattr(evaluate, "probe", lambda path: (1.0, 1.0, []))
+
+    def sound_of(path, seconds):
+        return np.full(25 * HOP, int(path.stem), np.float32)
+    monkeypatch.setattr(evaluate, "sound_of", sound_of)
+    jobs = evaluate.list_jobs("student", paths, evaluate.Options(seed=3, controls=True))
+    sounds = {(system, int(name)): sound[0] for system, _, name, _, sound, _ in jobs}
+    assert [sounds["student", k] for k in range(5)] == [0, 1, 2, 3, 4]
+    assert [sounds["student-other-audio", k] for k in range(5)] == [2, 3, 4, 0, 1]
+    assert not any(sounds["student-silence", k] for k in range(5))
+    assert all(seed == 3 + int(name) for _, _, name, seed, *_ in jobs)
 
 
-def test_proxies_are_trained_by_one_command(shelf, tmp_path, capsys):
-    """From a folder of clips to weights, their settings and their scale, in one program; the same seed gives the same weights. To measure them
-    again trains nothing and changes no word of how they were trained."""
-    clips = Path(shutil.copytree(shelf / "real", tmp_path / "clips"))
-    talker(clips / "t3.mp4", 3)
-    (clips / "split.json").write_text('{"train": ["t0", "t1"], "val": ["t2", "t3"]}', encoding="utf-8")
-    command = ["train-proxies", "--data", str(clips), "--cache", str(tmp_path / "cache"), "--coded", "1"]
-    for out in ("a", "b"):
-        E.main([*command, "--out", str(tmp_path / out), "--sync-steps", "1", "--identity-steps", "2", "--face-steps", "1"])
-    one, two = (proxies.load_proxies(tmp_path / out) for out in "ab")
-    assert set(one) == {"sync", "identity", "face"}
-    for kind in one:
-        assert all(torch.equal(a, b) for a, b in zip(one[kind].state_dict().values(), two[kind].state_dict().values()))
-        stored = load_file(tmp_path / "a" / f"{kind}.safetensors")                  # 16 bits for weights; variances of batch norm would overflow
-        assert all((v.dtype == torch.float16) == (v.ndim > 1) for v in stored.values())
-    said = json.loads((tmp_path / "a" / "proxies.json").read_text(encoding="utf-8"))
-    assert said["training"]["face"] == {"steps": 1, "coded": 1, "lr": 2e-3, "seed": 0, "clips": 2} and said["training"]["identity"]["steps"] == 2
-    assert set(said["scale"]["clips"]) == {"sync", "identity", "face"} and "mouth_correlation_vae" in said["scale"]["clips"]["face"]
-    before = {f.name: f.read_bytes() for f in (tmp_path / "a").glob("*.safetensors")}
-    E.main([*command, "--out", str(tmp_path / "a"), "--scale-only", "--coded", "0"])
-    again = json.loads((tmp_path / "a" / "proxies.json").read_text(encoding="utf-8"))
-    assert again["training"] == said["training"] and "mouth_correlation_vae" not in again["scale"]["clips"]["face"]
-    assert before == {f.name: f.read_bytes() for f in (tmp_path / "a").glob("*.safetensors")}
-    for wrong in (["--out", str(tmp_path / "none"), "--scale-only"], ["--coded", "-1"], ["--clips", "1"]):
-        with pytest.raises(SystemExit) as stop:
-            E.main([*command, "--out", str(tmp_path / "a"), *wrong])
-        assert stop.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1].startswith("evaluate.py train-proxies: ")
+def test_a_long_video_is_compared_with_the_clips_it_was_made_of(shelf):
+    """Property: the recording of a long video is clip after clip, from the clip whose face it
+    shows; the real lips are those clips' lips, in that order."""
+    paths = sorted((shelf / "real").glob("*.mp4"))
+    sound, about = video.long_recording(paths, 1, 7.0)
+    assert len(sound) == 175 * HOP and about["person"] == "t1"
+    assert about["clips"] == [["t1", 80], ["t2", 80], ["t0", 15]]
+    spoken = [phone for phone in about["phones"] if phone[2] == "ɑ"]
+    assert np.allclose([phone[0] for phone in spoken], [0, 3.2, 6.4])
+    assert about["phones"][-1][1] <= 7.0
+    results = rulers.Results(gaps={f"t{k}": np.full(80, float(k)) for k in range(3)})
+    clip = shelf / "long.mp4"
+    clip.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
+    item = Item("long", clip)
+    gap = rulers.real_gap(results, item)
+    assert item.person == "t1" and item.clips == {"t0", "t1", "t2"}
+    assert gap.tolist() == [1.0] * 80 + [2.0] * 80 + [0.0] * 15
+    del results.gaps["t0"]
+    assert rulers.real_gap(results, item) is None
 
 
-def test_the_bound_goes_through_the_same_file(tmp_path):
-    """A generated video has been H.264 before it is measured, and its grain counts as sharpness. So the VAE's frames are written and read, too."""
+# ----------------------------------------------------------------------------------------- scale
+
+
+def test_one_man_in_many_clips_is_one_person(tmp_path):
+    """Property: clips of one speaker are no different people: another person is one that NAME.json
+    names otherwise, or that lies in another folder."""
+    paths = []
+    for folder, count in (("grid", 3), ("studio", 2)):
+        (tmp_path / folder).mkdir()
+        paths += [tmp_path / folder / f"{folder}{k}.mp4" for k in range(count)]
+    paths[-1].with_suffix(".json").write_text('{"identity": "guest"}', encoding="utf-8")
+    who = rulers.identities(paths)
+    assert who == {"grid0": "grid", "grid1": "grid", "grid2": "grid", "studio0": "studio",
+                   "studio1": "guest"}
+    names = list(who)
+    assert rulers.another(names, "grid0") == "grid2"
+    assert rulers.another(names, "grid0", who) == "studio0"
+    assert rulers.another(names[:3], "grid0", who) is None
+
+
+def test_vae_only_goes_through_the_same_file(tmp_path, monkeypatch):
+    """Property: a generated video has been H.264 before it is measured, and its grain counts as
+    sharpness; so the VAE's frames are written and read, too."""
     rng = np.random.default_rng(0)
-    soft = np.kron(rng.integers(60, 200, (20, 8, 8, 3)), np.ones((1, SIDE // 8, SIDE // 8, 1))).astype(np.uint8)
-    bench = SimpleNamespace(args=SimpleNamespace(size=SIDE), vae=None, chunk=33)
+    soft = np.kron(rng.integers(60, 200, (20, 8, 8, 3)), np.ones((1, SIDE // 8, SIDE // 8, 1)))
+    soft = soft.astype(np.uint8)
+    tools = SimpleNamespace(options=SimpleNamespace(size=SIDE), vae=None, chunk=33)
     talker(tmp_path / "real.mp4", 0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proxies, "vae_frames", lambda vae, frames, length: iter(soft))
-        seen = np.stack(list(E.Bench.frames(bench, E.Item("real", tmp_path / "real.mp4", how="vae"))))
-    writer = infer.Mp4Writer(tmp_path / "made.mp4", SIDE, np.zeros(20 * HOP, np.float32))
+    monkeypatch.setattr(video, "vae_only", lambda vae, frames, length: iter(soft))
+    item = Item("real", tmp_path / "real.mp4", how="VAE only")
+    seen = np.stack(list(rulers.Rulers.frames(tools, item)))
+    writer = Mp4Writer(tmp_path / "made.mp4", SIDE, np.zeros(20 * HOP, np.float32))
     writer.write(soft)
     writer.close()
-    written = np.stack(list(E.squares(tmp_path / "made.mp4", SIDE)))
-    off = lambda frames: np.abs(np.float32(seen) - frames).mean()                   # the encoder is not the same to the last bit every time
+    written = np.stack(list(video.squares(tmp_path / "made.mp4", SIDE)))
+
+    def off(frames):                    # the encoder is not the same to the last bit every time
+        return np.abs(np.float32(seen) - frames).mean()
     assert off(written) < 0.1 < 0.5 < off(soft)
 
 
 class Dimmer(torch.nn.Module):
-    """Stands in for the VAE: what comes out is half as bright, so that one sees which frames went through it, and in what company."""
+    """In place of the VAE: what comes out is half as bright, so that it shows which frames went
+    through it, and in what company."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("stats", torch.zeros(1))
-        self.seen = []
+        self.lengths = []
 
     def encode(self, video):
-        self.seen.append(video.shape[2])
+        self.lengths.append(video.shape[2])
         return video
 
     def decode(self, latents):
         return (latents - 1) / 2
 
 
-def test_proxies_see_what_the_codec_leaves(shelf, tmp_path):
-    """A coded copy has the frames that come out of the VAE, in chunks as they are generated; its sound, mask and truth are the clip's. Made once."""
-    clips, vae = ClipFolder(shelf / "real", SIDE, "all", tmp_path).clips, Dimmer()
-    copy, = train_proxies.coded_copies(clips, 1, vae, 33)
-    assert vae.seen == [33, 33, 17] and copy.path == clips[0].path and copy.length == clips[0].length == 80     # 80 - 66 = 14, made 4k + 1
-    assert np.abs(np.float32(copy.frames) - np.float32(clips[0].frames) / 2).max() <= 1
-    assert np.array_equal(copy.audio, clips[0].audio) and np.array_equal(copy.mask, clips[0].mask)
-    assert len(train_proxies.coded_copies(clips, 9, vae, 33)) == 3 and len(vae.seen) == 9           # the first one was there
-    assert len(train_proxies.coded_copies([*clips, *clips[:2]], 4, vae, 33)) == 4
-    vae.stats += 1                                                                  # another VAE: nothing of it is there yet
-    assert len({c.store for v in (vae, Dimmer()) for c in train_proxies.coded_copies(clips, 3, v, 33)}) == 6
-    parts = train_proxies.lessons([clips, clips[:1]], 1, vae, 33)
-    assert [sum(c.store == clips[0].store for c in parts), len(parts)] == [1 + 3, 12]               # 3 + 3 copies of one; 3 x (1 + 1 copy)
+def test_vae_only_takes_chunks_as_long_as_generated_ones():
+    """Property: the bound is the VAE at the length of a chunk: all frames come back, in order, in
+    chunks of 4k + 1."""
+    vae = Dimmer()
+    frames = np.random.default_rng(0).integers(0, 256, (80, 16, 16, 3), np.uint8)
+    found = np.stack(list(video.vae_only(vae, iter(frames), 33)))
+    assert vae.lengths == [33, 33, 17]                  # 80 - 66 = 14, made 4k + 1
+    assert np.abs(np.float32(found) - np.float32(frames) / 2).max() <= 1
 
 
-def test_a_blink_is_seen_against_the_moments_around_it():
-    """A narrow eye and a shut one look alike in one picture: the lids of a frame are read off the frames 0.16 s before and after it as well, the lips
-    off the frame alone."""
-    assert proxies.around(np.array([0, 5, 9]), 10).tolist() == [[0, 0, 4], [1, 5, 9], [5, 9, 9]]
-    torch.manual_seed(0)
-    net, film = proxies.FaceNet().eval(), np.random.default_rng(0).integers(0, 256, (20, SIDE, SIDE, 3), np.uint8)
-    other = film.copy()
-    other[10] = 255 - other[10]
-    one, two = (proxies.read_faces(net, x, metrics.FACE_BOX) for x in (film, other))
-    moved = [np.flatnonzero(np.abs(a - b) > 1e-6).tolist() for a, b in zip(one, two)]
-    assert moved[1] == [6, 10, 14] and moved[2] == [10] and set(moved[0]) <= {10}
-    assert proxies.blinks(np.array([0, .2, .9, 1, .4, .1, .7, .6])).tolist() == [2, 6]
+def test_the_contact_sheet_has_a_tile_for_every_system_and_time(tmp_path):
+    """Property: faces of all videos can be looked at and counted on one page, each with its
+    identity distance; a row is a system, a column a time."""
+    frame = np.full((SIDE, SIDE, 3), 200, np.uint8)
+    shots = {1: (frame, 0.25), 3: (frame, None)}
+    tiles = {f"v{k}": {"real": shots, "student": shots} for k in range(5)}
+    report.contact_sheet(tmp_path / "sheet.jpg", tiles, side=64, page_width=500)
+    page = np.asarray(Image.open(tmp_path / "sheet.jpg").convert("L"))
+    assert page.shape == (3 * (28 + 2 * 64), 2 * (80 + 2 * 64))
+    with_number, without = page[28:28 + 64, 80:144], page[28:28 + 64, 144:208]
+    assert (with_number < 50).any() and not (without < 150).any()
 
 
-def test_one_man_in_many_clips_is_one_person(monkeypatch):
-    """Clips of one speaker are not strangers to each other: sameness is then two of his clips, otherness the clips of another folder."""
-    def clip(who, colour):
-        return SimpleNamespace(identity=who, path=Path("/no.mp4"), frames=np.full((10, 8, 8, 3), colour, np.uint8), length=10)
-    red, blue = ([clip(name, np.roll([200 + 9 * k, 60, 10], turn)) for k in range(3)] for name, turn in (("red", 0), ("blue", 1)))
-    monkeypatch.setattr(train_proxies, "read_identity", lambda net, frames, box: (frames.mean((1, 2)) / 255, frames.mean((1, 2))))
-    alone, among = train_proxies.identity_scale(None, red, []), train_proxies.identity_scale(None, red, blue)
-    assert "auc_same_above_other" not in alone and among["auc_same_above_other"] == 1 and (alone["people"], among["people"]) == (1, 2)
-    shades = np.array([c.frames[0, 0, 0] for c in red]) / 255
-    pairs = shades @ shades.T
-    assert abs(among["same"] - pairs[~np.eye(3, dtype=bool)].mean()) < 1e-4     # never a clip with itself
+def test_a_cell_has_mean_spread_and_number():
+    """Property: a figure in a table stands with its spread and with how many videos it is of."""
+    rows = [{"lips": 0.5, "fps": np.nan}, {"lips": 0.7}, {"seam": 1.0}]
+    summary = report.summarise_rows(rows)
+    assert report.cell(summary["lips"], 2) == "0.60 ± 0.14 (2)"
+    assert report.cell(summary["seam"], 1) == "1.0 (1)" and "fps" not in summary
+    assert report.cell(None, 1) == "-"
 
 
-def test_frechet_of_real_against_real_is_of_two_halves():
-    """Real clips against themselves would be 0 and say nothing: the bound is one half of them against the other."""
-    rng, sums = np.random.default_rng(0), {}
-    for name, shift in (("real/0", 0), ("real/1", 0), ("real", 0), ("made", 3)):
-        sums[name, "proxy_frechet", None] = metrics.Gaussian()
-        sums[name, "proxy_frechet", None].add(rng.standard_normal((200, 4)) + shift)
-    real, made = (summarise(name, [], sums)["proxy_frechet"]["mean"] for name in ("real", "made"))
-    assert 0 < real < 0.5 and 30 < made < 42
-
-
-def test_what_ears_say_is_read_off_their_last_row(tmp_path):
-    """The sound's bound: one number a frame, by the head's last row; a piece does not hear what comes after it; foreign ears say nothing."""
-    tiny = ROOT / "weights" / "tiny"
-    shutil.copytree(tiny / "whisper", tmp_path / "whisper")
-    config = json.loads((tiny / "config.json").read_text("utf-8"))
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    generator = torch.Generator().manual_seed(0)
-    head = {"weight": torch.randn(42, 1152, generator=generator), "bias": torch.arange(42.0)}
-    save_file(head, tmp_path / "whisper" / "head.safetensors")
-    ears, sound = proxies.Ears(tmp_path), np.random.default_rng(0).standard_normal(100 * HOP).astype(np.float32) * 0.1
-    said = ears.opening(sound, 100)
-    expected = ears.encoder.features(sound, 81, 19).flatten(1) @ head["weight"][41] + 41
-    assert said.shape == (100,) and np.abs(said[81:] - expected.numpy()).max() < 1e-3
-    later = sound.copy()
-    later[85 * HOP:] = 0
-    assert np.array_equal(ears.opening(later, 100)[:81], said[:81]) and not np.allclose(ears.opening(later, 100)[81:], said[81:])
-    save_file({name: tensor[:41].clone() for name, tensor in head.items()}, tmp_path / "whisper" / "head.safetensors")
-    assert proxies.Ears(tmp_path).head is None                                  # it knows phones only
-    (tmp_path / "whisper" / "head.safetensors").write_bytes(b"no head")
-    with pytest.raises(ValueError, match="no head of train_audio.py"):
-        proxies.Ears(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"audio": "facebook/wav2vec2-base-960h"}), encoding="utf-8")
-    assert proxies.Ears(tmp_path).head is None
-    (tmp_path / "config.json").write_text(json.dumps(config | {"audio": str(tiny / "whisper")}), encoding="utf-8")
-    assert proxies.Ears(tmp_path).encoder.layers == 3                           # a path of its own is followed as infer.py does
+def test_a_frame_without_a_face_is_as_far_away_as_can_be():
+    """Property: a video cannot gain by losing its face: such a frame has distance 1."""
+    frames, points = np.zeros((2, SIDE, SIDE, 3), np.uint8), ByDarkness().points
+    points, _ = points(frames)
+    points[1] = torch.nan
+    tools = SimpleNamespace(sface=lambda faces: np.ones((len(faces), 4)) / 2, arcface=None)
+    vectors = rulers.Rulers.embed(tools, frames, points)["sface"]
+    away = rulers.identity.cosine_distance(vectors, np.ones((1, 4)) / 2)
+    assert np.allclose(away, [0, 1])

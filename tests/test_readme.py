@@ -277,7 +277,7 @@ def complaints(command):
         flag = re.search(rf"(?<![\w-]){name}(?![\w-]){choices}", help_of(module))
         if not flag:
             wrong.append(f"{module} has no {name}")
-        elif flag[1] and value not in re.split(r"[,|]", flag[1]):
+        elif flag[1] and flag[1] != "None" and value not in re.split(r"[,|]", flag[1]):
             wrong.append(f"{module} {name} cannot be {value}")
     return wrong
 

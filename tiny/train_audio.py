@@ -74,8 +74,8 @@ class AudioConfig:
     clip_share: float = 0.25                # share of the windows that come from --clips
     opening_loss_weight: float = 1.0        # of the lip opening, beside the phones' 1
     lr: float = 2e-4                        # peak learning rate of the encoder; head: 10 times
-    betas: tuple[float, float] = (0.9, 0.98)    # AdamW's
-    weight_decay: float = 0.02              # AdamW's
+    betas: tuple[float, float] = (0.9, 0.98)    # of AdamW's moments
+    weight_decay: float = 0.02              # of AdamW, per unit of the learning rate
     clip_norm: float = 1.0                  # largest norm of the gradient
     dropout: float = 0.0                    # dropped share of the transformer's activations
     ema: float = 0.99                       # decay of the averaged weights, which are the result

@@ -66,7 +66,7 @@ class Files:
 class TrainConfig:
     steps: int = 2400                       # optimiser steps
     lr: float = 2e-3                        # peak, after the warm-up; then linearly to zero
-    warmup: int = 50                        # steps
+    warmup: int = 50                        # steps to the peak learning rate
     edges: float = 0.5                      # weight of the spatial-gradient loss (L1)
     square: float = 10.0                    # weight of the squared error
     flicker: float = 20.0                   # weight of the squared error of frame differences

@@ -1,0 +1,441 @@
+"""Properties of the plumbing that all programs share: files, devices, flags, errors, pictures.
+
+What a resumed training run needs of it is in test_train_teacher.py."""
+import importlib
+import json
+import re
+import signal
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import common
+from data import HOP, SAMPLE_RATE
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    """Property: a write that fails leaves the old file whole, and nothing beside it."""
+    path = tmp_path / "folder" / "a.txt"
+    common.write_aside(path, lambda part: part.write_text("old"))
+
+    def full_disk(part):
+        part.write_text("half")
+        raise OSError("no space left")
+    with pytest.raises(OSError, match="a.txt was not written: no space left"):
+        common.write_aside(path, full_disk)
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+    common.write_aside(path, lambda part: part.write_text("new"))
+    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_full_disk_costs_one_picture_not_the_run(tmp_path, capsys):
+    """Property: a sample picture or a log line that cannot be written is a warning."""
+    (tmp_path / "file").write_text("not a folder")
+    common.save_image(tmp_path / "file" / "sample.png", Image.new("RGB", (2, 2)))
+    common.log(tmp_path / "file" / "log.jsonl", {"step": 1})
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and all(line.startswith("warning: ") for line in warnings)
+    common.save_image(tmp_path / "sample.png", Image.new("RGB", (2, 2)))
+    with Image.open(tmp_path / "sample.png") as image:
+        assert image.size == (2, 2)
+
+
+def test_only_the_first_process_writes_tensors(tmp_path):
+    """Property: {} is what other processes than the first have; it makes no file."""
+    common.write_safetensors(tmp_path / "none.safetensors", {}, {})
+    assert not list(tmp_path.iterdir())
+    tensors = common.full_state({"a": torch.ones(2, 3).T}, torch.float16)
+    common.write_safetensors(tmp_path / "one.safetensors", tensors, {"step": "5"})
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        assert file.metadata() == {"step": "5"}
+        assert torch.equal(file.get_tensor("a"), torch.ones(3, 2, dtype=torch.float16))
+
+
+def test_a_resumed_log_has_every_step_once(tmp_path):
+    """Property: lines of steps that will run again go, and so does a line cut short by a kill."""
+    path = tmp_path / "log.jsonl"
+    for step in range(4):
+        common.log(path, {"step": step})
+    with open(path, "a") as file:
+        file.write('{"step": 4, "lo')
+    common.trim_log(path, 3)
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [0, 1, 2]
+    common.trim_log(path, 0)
+    assert path.read_text() == ""
+
+# ------------------------------------------------------------------------------------------ devices
+
+
+def test_bfloat16_only_where_it_is_fast(monkeypatch):
+    """Property: "auto" is float32 on a CPU without bfloat16 units: there it is 10 x faster."""
+    units = {}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    assert common.select_device("cpu") == ("cpu", torch.float32)
+    assert not torch.is_autocast_enabled("cpu")
+    with common.bf16_autocast("cpu"):
+        assert not torch.is_autocast_enabled("cpu")
+    units["amx_bf16"] = True
+    assert common.select_device("cpu") == ("cpu", torch.bfloat16)
+    with common.bf16_autocast("cpu"):
+        assert torch.is_autocast_enabled("cpu")
+    with common.bf16_autocast("cpu", wanted=False):
+        assert not torch.is_autocast_enabled("cpu")
+    assert common.select_device("cpu", "float32") == ("cpu", torch.float32)
+
+
+def test_auto_is_the_best_device_that_is_here(monkeypatch):
+    """Property: cuda before mps before cpu; asking for one that is not here is an error."""
+    here = {"cuda": True, "mps": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here["cuda"])
+    monkeypatch.setattr(torch.mps, "is_available", lambda: here["mps"], raising=False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: here["mps"])
+    assert common.select_device() == ("cuda", torch.bfloat16)
+    here["cuda"] = False
+    assert common.select_device() == ("mps", torch.float32)
+    here["mps"] = False
+    assert common.select_device("auto", "float32") == ("cpu", torch.float32)
+    for device in ("cuda", "mps"):
+        with pytest.raises(ValueError, match=f"no {device} device"):
+            common.select_device(device)
+
+
+def test_a_stopwatch_adds_up_by_stage():
+    """Property: seconds of a stage are a sum over its blocks; a function can be wrapped, too."""
+    clock = common.Stopwatch()
+    for _ in range(2):
+        with clock("a"):
+            pass
+    first = clock["a"]
+    double = clock("b")(lambda x: 2 * x)
+    assert double(2) == 4 and double(3) == 6
+    assert first > 0 and clock["b"] > 0 and set(clock) == {"a", "b"} and clock["a"] == first
+
+
+def test_peak_memory_is_in_words():
+    """Property: keeping freed memory can be asked for twice; the peak is a number with its unit."""
+    common.keep_freed_memory()
+    common.keep_freed_memory()
+    assert re.fullmatch(r"\d+ MiB|unknown", common.peak_memory())
+
+# -------------------------------------------------------------------------------------------- a run
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    """Property: linear warm-up from 1 / warmup, level at 1, linear decay to 0 at the last step."""
+    cfg = SimpleNamespace(steps=100, warmup=10, decay=0.5)
+    factors = [common.learning_rate_factor(step, cfg) for step in range(101)]
+    assert factors[0] == 0.1 and factors[9:51] == [1] * 42 and factors[100] == 0
+    assert factors[75] == pytest.approx(0.5)
+    no_decay = [common.learning_rate_factor(step, SimpleNamespace(steps=100, warmup=1, decay=0))
+                for step in range(100)]
+    assert no_decay == [1] * 100
+
+
+def test_ema_weights_swap_in_and_out():
+    """Property: swapping twice gives both sets of weights back, bit for bit."""
+    model = torch.nn.Linear(3, 3)
+    own = {k: p.detach().clone() for k, p in model.named_parameters()}
+    ema = {k: torch.randn_like(p) for k, p in own.items()}
+    average = {k: p.clone() for k, p in ema.items()}
+    common.swap_ema(model, ema)
+    assert all(torch.equal(p, average[k]) for k, p in model.named_parameters())
+    common.swap_ema(model, ema)
+    assert all(torch.equal(p, own[k]) for k, p in model.named_parameters())
+    assert all(torch.equal(ema[k], average[k]) for k in ema)
+
+
+def test_one_process_needs_no_group():
+    """Property: without torchrun, averages over processes are the numbers themselves."""
+    assert common.init_distributed("cpu") == (0, 1)
+    assert common.all_reduce_mean([torch.tensor(1.5), torch.tensor(2.0)]) == [1.5, 2.0]
+    model = torch.nn.Linear(2, 2)
+    assert common.shard(model, "cpu", 1) is model
+
+
+def test_a_checkpoint_fits_its_own_options_only(tmp_path):
+    """Property: a run resumes with the options it was made with, those apart that may change."""
+    cfg = Config()
+    path = tmp_path / "step.safetensors"
+    common.save_checkpoint(path, {"w": torch.ones(2)}, 7, cfg, data="abc")
+    tensors = {"w": torch.zeros(2)}
+    assert common.load_checkpoint(path, tensors, cfg, (), data="abc") == 7
+    assert torch.equal(tensors["w"], torch.ones(2))
+    longer = replace(cfg, steps=20)
+    assert common.load_checkpoint(path, tensors, longer, ("steps",), data="abc") == 7
+    with pytest.raises(ValueError, match="steps 10 -> 20"):
+        common.load_checkpoint(path, tensors, longer, (), data="abc")
+    with pytest.raises(ValueError, match="data abc -> xyz"):
+        common.load_checkpoint(path, tensors, cfg, (), data="xyz")
+
+# ----------------------------------------------------------------------------------------- programs
+
+
+@dataclass(frozen=True)
+class Files:
+    data: Path                      # folder of clips
+    preset: str = "small"           # which set of defaults
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 10                 # updates in all
+    betas: tuple[float, float] = (0.9, 0.95)        # of AdamW
+    hidden: common.PresetOnly[int] = 3              # no flag
+
+
+PRESETS = {"small": Config(), "large": Config(steps=1000, hidden=5)}
+
+
+def test_flags_are_made_from_a_dataclass(capsys):
+    """Property: a preset gives the defaults, a flag overrides one, a field's comment is help."""
+    files, cfg = common.parse_args("doc", Files, PRESETS, ["--data", "clips"])
+    assert files == Files(Path("clips")) and cfg == PRESETS["small"]
+    files, cfg = common.parse_args("doc", Files, PRESETS, ["--preset", "large", "--data", "clips"])
+    assert files.preset == "large" and cfg == PRESETS["large"]
+    _, cfg = common.parse_args("doc", Files, PRESETS, ["--data=x", "--preset=large", "--steps=5"])
+    assert asdict(cfg) == {"steps": 5, "betas": (0.9, 0.95), "hidden": 5}
+    with pytest.raises(SystemExit) as stopped:
+        common.parse_args("The manual.", Files, PRESETS, ["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "The manual." in text
+    assert "folder of clips" in text and "updates in all" in text and "hidden" not in text
+
+
+@pytest.mark.parametrize("arguments", [["--data", "x", "--setps", "5"], ["--steps", "5"],
+                                       ["--data", "x", "--steps", "many"],
+                                       ["--data", "x", "--hidden", "5"]])
+def test_a_mistyped_flag_is_an_error(arguments, capsys):
+    """Property: no flag is ignored; a message names it and the exit code is 2."""
+    with pytest.raises(SystemExit) as stopped:
+        common.parse_args("doc", Files, PRESETS, arguments)
+    error = capsys.readouterr().err
+    wrong = "--data" if "--data" not in arguments else arguments[2]
+    assert stopped.value.code == 2 and wrong in error and "Traceback" not in error
+
+
+def test_bad_input_is_one_line_and_a_stop_is_another(capsys):
+    """Property: exit codes are 2 for bad input and 130 for Ctrl-C and kill; a bug keeps its
+    traceback."""
+    handler = signal.getsignal(signal.SIGTERM)
+    for error in (ValueError("bad"), FileNotFoundError("gone"), FloatingPointError("NaN")):
+        with pytest.raises(SystemExit) as stopped, common.one_line_errors("x.py"):
+            raise error
+        assert stopped.value.code == 2 and capsys.readouterr().err == f"x.py: {error}\n"
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # nohup has it ignored
+        with pytest.raises(SystemExit) as stopped, common.one_line_errors("x.py", "stopped; bye"):
+            signal.raise_signal(stop)
+        assert stopped.value.code == 130 and capsys.readouterr().err == "x.py: stopped; bye\n"
+    with pytest.raises(ZeroDivisionError), common.one_line_errors("x.py"):
+        print(1 // 0)
+    signal.signal(signal.SIGTERM, handler)
+
+
+PROGRAMS = ["infer", "train_teacher", "distill_student", "evaluate", "data", "prepare_data",
+            "synthetic.puppet", "tiny.train_vae", "tiny.train_audio", "tiny.teacher",
+            "tiny.student"]
+
+
+def descriptions(text):
+    """What a program prints for --help -> {flag: its description}"""
+    lines = [line.strip(" │|") for line in text[text.index("-h, --help"):].splitlines()]
+    found = {}
+    for line, next_line in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("-"):
+            flag, _, words = line.partition("  ")
+            found[flag] = words.strip() or next_line            # beside a long flag is no room
+    return found
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_describes_every_flag(program, capsys, monkeypatch):
+    """Property: `--help` is enough to use a program: every flag has words of its own."""
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit):
+        importlib.import_module(program).main(["--help"])
+    found = descriptions(capsys.readouterr().out)
+    assert len(found) > 2
+    hint = re.compile(r"\((default|required|repeatable|fixed).*")
+    own = {flag: hint.sub("", words).split() for flag, words in found.items()}
+    assert not [flag for flag, words in own.items() if len(words) < 2]
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def picture(mode, path, size=(48, 64), **options):
+    """A file of random pixels"""
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("mode, name", [("CMYK", "a.jpg"), ("P", "b.png"), ("L", "c.png"),
+                                        ("RGBA", "d.png"), ("LA", "e.png"), ("P", "f.gif"),
+                                        ("RGB", "g.webp"), ("1", "h.png")])
+def test_every_kind_of_picture(tmp_path, mode, name):
+    """Property: CMYK, palette, grey, transparent and black-and-white pictures are fine, too."""
+    x = common.load_image(picture(mode, tmp_path / name), 32)
+    assert x.shape == (1, 3, 32, 32) and x.dtype == torch.float32
+    assert x.min() >= -1 and x.max() <= 1 and x.std() > 0.05
+
+
+def test_the_centre_square_is_taken(tmp_path):
+    """Property: a wide picture loses its left and right ends, and is not squeezed."""
+    pixels = np.zeros((32, 96, 3), np.uint8)
+    pixels[:, 32:64] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    assert (common.load_image(tmp_path / "wide.png", 32) == 1).all()
+
+
+def test_deep_pictures_are_scaled_not_cut(tmp_path):
+    """Property: 16 and 32 bits a pixel become 8 by scaling; no grey level is lost at the ends."""
+    grey = np.tile(np.linspace(0, 255, 32).round(), (32, 1))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / "deep.tiff")
+    for name in ("deep.png", "deep.tiff"):
+        x = common.load_image(tmp_path / name, 32)
+        np.testing.assert_allclose(x[0, 0].numpy(), grey / 127.5 - 1, atol=0.02)
+
+
+def test_transparent_is_white(tmp_path):
+    """Property: a cut-out portrait stands on white, not on black."""
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (common.load_image(tmp_path / "clear.png", 32) == 1).all()
+
+
+def test_exif_says_which_way_is_up(tmp_path):
+    """Property: a phone's portrait is turned upright before it is cropped."""
+    half = Image.new("RGB", (32, 32))
+    half.paste((255, 255, 255), (0, 0, 32, 16))                 # white above, black below
+    exif = Image.Exif()
+    exif[0x0112] = 3                                            # "turned by 180 degrees"
+    half.save(tmp_path / "turned.jpg", exif=exif)
+    x = common.load_image(tmp_path / "turned.jpg", 32)
+    assert x[..., :14, :].mean() < -0.9 and x[..., 18:, :].mean() > 0.9
+
+
+def test_what_is_no_picture_is_a_clear_error(tmp_path):
+    """Property: a missing, damaged, huge or tiny picture, or a program, is named in one line."""
+    (tmp_path / "text.png").write_text("not a picture", encoding="utf-8")
+    whole = picture("RGB", tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
+    picture("RGB", tmp_path / "dot.png", (1, 1))
+    Image.new("1", (30000, 30000)).save(tmp_path / "huge.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "drawing.png", "EPS")    # PostScript is a program
+    for name, words in (("gone.png", "no such picture"), ("text.png", "not a picture"),
+                        ("cut.png", "cannot be read"), ("dot.png", "only 1 x 1"),
+                        ("huge.png", "scale it down"), ("drawing.png", "not a picture"),
+                        (".", "no such picture")):
+        with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+            common.load_image(tmp_path / name, 32)
+        assert "\n" not in str(error.value)
+
+# --------------------------------------------------------------------------------------------- mp4
+
+
+def clip(frames):
+    """Grey frames that get lighter, uint8 (T, 32, 32, 3), and noise float32 (640 T,)"""
+    levels = np.arange(frames) * 8
+    pixels = np.broadcast_to(levels[:, None, None, None], (frames, 32, 32, 3)).astype(np.uint8)
+    sound = np.random.default_rng(0).normal(size=frames * HOP) * 0.2
+    return pixels, sound.astype(np.float32)
+
+
+def read(path):
+    """-> (frames, their mean grey levels, sound, seconds of both tracks)"""
+    with av.open(str(path)) as file:
+        grey = [frame.to_ndarray(format="gray").mean() for frame in file.decode(video=0)]
+        seconds = [float(stream.duration * stream.time_base) for stream in file.streams]
+    with av.open(str(path)) as file:
+        sound = np.concatenate([frame.to_ndarray()[0] for frame in file.decode(audio=0)])
+    return len(grey), np.array(grey), sound, seconds
+
+
+def lag(a, b):
+    """Samples by which a is later than b"""
+    size = len(a) + len(b)
+    product = np.fft.rfft(a, size) * np.fft.rfft(b, size).conj()
+    best = int(np.fft.irfft(product, size).argmax())
+    return best - size if best > size // 2 else best
+
+
+@pytest.mark.parametrize("piece", [1, 7, 25])
+def test_a_video_and_its_sound_are_in_step(tmp_path, piece):
+    """Property: frame i and samples 640 i to 640 (i + 1) are at the same time in the file.
+
+    That does not depend on how many frames come at once."""
+    frames, sound = clip(25)
+    writer = common.Mp4Writer(tmp_path / "a.mp4", 32, sound)
+    for start in range(0, 25, piece):
+        writer.write(frames[start:start + piece])
+    assert not (tmp_path / "a.mp4").exists()                    # not before close()
+    writer.close()
+    count, grey, decoded, seconds = read(tmp_path / "a.mp4")
+    assert count == writer.frames == 25 and abs(seconds[0] - seconds[1]) <= 0.04
+    assert (np.diff(grey) > 0).all()
+    assert abs(lag(decoded[:len(sound)], sound)) <= 16          # samples: 1 ms
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_video_says_that_it_is_synthetic(tmp_path):
+    """Property: a viewer of the file can find out that a machine made it."""
+    frames, sound = clip(2)
+    writer = common.Mp4Writer(tmp_path / "a.mp4", 32, sound)
+    writer.write(frames)
+    writer.close()
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        assert "Synthetic video" in file.metadata["comment"]
+
+
+def test_a_stopped_video_is_kept_whole_or_not_at_all(tmp_path):
+    """Property: close() makes a file that plays from any number of frames but 0, close(False) none.
+
+    An older file of that name stays until then."""
+    frames, sound = clip(25)
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"older")
+    writer = common.Mp4Writer(path, 32, sound)
+    writer.close()
+    assert path.read_bytes() == b"older"
+    writer = common.Mp4Writer(path, 32, sound)
+    writer.write(frames[:10])
+    writer.close(keep=False)
+    assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
+    writer = common.Mp4Writer(path, 32, sound)
+    writer.write(frames[:10])
+    writer.close()
+    count, _, decoded, _ = read(path)
+    assert count == 10 and len(decoded) < 12 * HOP and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_video_may_be_longer_than_its_sound(tmp_path):
+    """Property: frames after the end of the recording are silent."""
+    frames, sound = clip(10)
+    writer = common.Mp4Writer(tmp_path / "a.mp4", 32, sound[:4 * HOP])
+    writer.write(frames)
+    writer.close()
+    assert read(tmp_path / "a.mp4")[0] == 10
+
+
+def test_a_clip_is_written_the_same_every_time(tmp_path):
+    """Property: write_mp4 is a function of its input, bit for bit, and its sound begins at 0."""
+    frames, sound = clip(25)
+    sound = (sound * 32767).clip(-32768, 32767).astype(np.int16)
+    for name in ("a.mp4", "b.mp4"):
+        common.write_mp4(tmp_path / name, frames, sound)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    count, grey, decoded, seconds = read(tmp_path / "a.mp4")
+    assert count == 25 and (np.diff(grey) > 0).all() and abs(seconds[0] - seconds[1]) <= 0.04
+    assert abs(lag(decoded[:len(sound)], sound / 32768)) <= 16
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "b.mp4"}
+    assert SAMPLE_RATE == 25 * HOP
