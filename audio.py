@@ -161,7 +161,7 @@ def check_folder(folder):
 
 
 class AudioEncoder:
-    """W2V of Eq. 23, frozen: a Wav2Vec2 (or Whisper), from a folder or by its Hugging Face name.
+    """The frozen encoder W2V: a Wav2Vec2 (or Whisper), from a folder or by its Hugging Face name.
 
     .layers L and .dim A are the sizes of features(). ValueError or FileNotFoundError, in one
     line, if it does not load."""

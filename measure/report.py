@@ -113,10 +113,10 @@ def markdown(report):
         "compares a clip with its own first frame, and as sets of pictures the first half of",
         "every 5 s with the second half. `other people`: another person's portrait; as sets, one",
         "half of the people with the other. `other audio`: another clip's sound and lips.", "",
-        *table("metric", report["scale"], METRICS), ""]
+        *table("metric", report["scale"], METRICS)]
     drift = {name: windows for name, windows in report["drift"].items() if len(windows) > 1}
     if not drift:
-        lines.append(f"No drift table: no video has {WINDOWS[1]} s.")
+        lines += ["", f"No drift table: no video has {WINDOWS[1]} s."]
     for system, windows in drift.items():
         columns = {f"{t} s": windows[str(t)] for t in WINDOWS if str(t) in windows}
         lines += ["", f"Drift of {system}: the 5 s that end at the time given.", "",

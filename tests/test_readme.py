@@ -148,9 +148,10 @@ def equations(old):
 
 # ---------------------------------------------------------------------------------------- results
 
-ROWS = {"real": "real video", "vae": "VAE alone", "frozen": "frozen first frame",
-        "teacher": "teacher", "student": "student", "student-other-audio": "student, other audio"}
-COLUMNS = {"sface_3s": ("identity distance after 3 s", 2), "lips": ("lip gap, correlation", 2),
+ROWS = {"real": "real video", "VAE only": "VAE alone", "frozen": "frozen first frame",
+        "teacher": "teacher", "student": "student", "other people": "another person",
+        "other audio": "another clip's audio"}
+COLUMNS = {"sface": ("identity distance", 2), "lips": ("lip correlation", 2),
            "closed_pbm": ("lips shut at p, b, m", 2), "head_turn": ("head rotation, degrees", 1)}
 
 
@@ -170,11 +171,14 @@ def results(old):
     rows = []
     for system, label in ROWS.items():
         figures = report["systems"].get(system, report["scale"].get(system, {}))
+        if not figures:
+            continue
         cells = [f"{figures[key]['mean']:.{digits}f}" if key in figures else "-"
                  for key, (_, digits) in COLUMNS.items()]
         rows.append([label, *cells])
     head = ["mean of the videos", *(label for label, _ in COLUMNS.values())]
-    made = f"`{report['command']}`, commit {report['commit']}, seed {report['seed']}.\n"
+    short = report["command"].split(" --clips")[0]                      # the rest is in RESULTS.md
+    made = f"`{short} ...`,\ncommit {report['commit']}, seed {report['seed']}.\n"
     return table(head, rows) + "\n" + made
 
 
