@@ -81,9 +81,9 @@ def check(clips, weight, bias):
 
 
 def run(options):
+    train, held_out = choose(options.clips, options.count, options.check, options.seed)
     if any(find_spec(package) is None for package in WHISPER):
         raise ValueError(WHISPER_NOTE)
-    train, held_out = choose(options.clips, options.count, options.check, options.seed)
     landmarker = Landmarker()
     whisper = WhisperBase()
     fitted = [read(path, landmarker, whisper) for path in train]
