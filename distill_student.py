@@ -650,29 +650,34 @@ def load_networks(models, device, world):
     return networks, shard(models.dit, device, world)
 
 
+def run(files, cfg, **tricks):
+    """Load, train, export, report. tricks: what train() is given beside the paper's."""
+    device, _ = select_device(files.device)
+    rank, world = init_distributed(device)
+    models = infer.load(files.weights, "teacher", device, "float32")
+    cfg = with_teachers_values(cfg, models)
+    starts, val = find_starts(files, cfg, models, device, rank, world)
+    buffer = RolloutBuffer(starts, cfg, device, rank, world)
+    networks, teacher = load_networks(models, device, world)
+    decode_like_inference(models.vae, device, cfg.bf16)
+    millions = sum(p.numel() for p in teacher.parameters()) / 1e6
+    print(f"{cfg}\nparameters: 3 x {millions:.1f} M\nroll-outs can start at {len(starts)} "
+          f"chunks; validation videos: {len(val)}")
+    state, losses = train(cfg, networks, teacher, models.vae, buffer, val, files.run_dir,
+                          files.resume, device, rank, **tricks)
+    out = export(files, state.ema, cfg)
+    loss = np.mean(losses[-50:] or [np.nan])
+    student_updates = sum(is_student_step(step, cfg) for step in range(cfg.steps))
+    print(f"critic_updates: {cfg.steps}\nstudent_updates: {student_updates}\n"
+          f"critic_loss: {loss:.4f}\nweights: {out / 'student.safetensors'}")
+
+
 def main(argv=None):
     files, cfg = parse_args(__doc__, Files, PRESETS, argv)
     stopped = "stopped; --resume continues from the last checkpoint"
     with one_line_errors("distill_student.py", stopped):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
-        device, _ = select_device(files.device)
-        rank, world = init_distributed(device)
-        models = infer.load(files.weights, "teacher", device, "float32")
-        cfg = with_teachers_values(cfg, models)
-        starts, val = find_starts(files, cfg, models, device, rank, world)
-        buffer = RolloutBuffer(starts, cfg, device, rank, world)
-        networks, teacher = load_networks(models, device, world)
-        decode_like_inference(models.vae, device, cfg.bf16)
-        millions = sum(p.numel() for p in teacher.parameters()) / 1e6
-        print(f"{cfg}\nparameters: 3 x {millions:.1f} M\nroll-outs can start at {len(starts)} "
-              f"chunks; validation videos: {len(val)}")
-        state, losses = train(cfg, networks, teacher, models.vae, buffer, val, files.run_dir,
-                              files.resume, device, rank)
-        out = export(files, state.ema, cfg)
-        loss = np.mean(losses[-50:] or [np.nan])
-        student_updates = sum(is_student_step(step, cfg) for step in range(cfg.steps))
-        print(f"critic_updates: {cfg.steps}\nstudent_updates: {student_updates}\n"
-              f"critic_loss: {loss:.4f}\nweights: {out / 'student.safetensors'}")
+        run(files, cfg)
 
 
 if __name__ == "__main__":

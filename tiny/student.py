@@ -20,22 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import infer
-from common import PresetOnly, init_distributed, one_line_errors, parse_args, select_device
-from distill_student import (
-    Files,
-    RolloutBuffer,
-    StudentConfig,
-    check,
-    decode_like_inference,
-    export,
-    find_starts,
-    forward,
-    is_student_step,
-    load_networks,
-    train,
-    with_teachers_values,
-)
+from common import PresetOnly, one_line_errors, parse_args
+from distill_student import Files, StudentConfig, check, forward, run
 from dit import add_noise, x0_from_velocity
 from tiny.model import make_guide
 from tiny.teacher import muon
@@ -126,21 +112,7 @@ def main(argv=None):
     with one_line_errors("tiny.student", "stopped; --resume continues from the last checkpoint"):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         check_tiny(cfg)
-        device, _ = select_device(files.device)
-        rank, world = init_distributed(device)
-        models = infer.load(files.weights, "teacher", device, "float32")
-        cfg = with_teachers_values(cfg, models)
-        starts, val = find_starts(files, cfg, models, device, rank, world)
-        buffer = RolloutBuffer(starts, cfg, device, rank, world)
-        networks, teacher = load_networks(models, device, world)
-        decode_like_inference(models.vae, device, cfg.bf16)
-        state, losses = train(cfg, networks, teacher, models.vae, buffer, val, files.run_dir,
-                              files.resume, device, rank, **train_arguments(cfg))
-        out = export(files, state.ema, cfg)
-        loss = np.mean(losses[-50:] or [np.nan])
-        student_updates = sum(is_student_step(step, cfg) for step in range(cfg.steps))
-        print(f"critic_updates: {cfg.steps}\nstudent_updates: {student_updates}\n"
-              f"critic_loss: {loss:.4f}\nweights: {out / 'student.safetensors'}")
+        run(files, cfg, **train_arguments(cfg))
 
 
 if __name__ == "__main__":
