@@ -8,7 +8,7 @@ The chunk loop is the whole method:
     kappa = the first latent of z_id                                of the first chunk
     for each chunk of T frames (81; the small preset: 33):
         z = the student's 4 steps from noise, given audio, z_id and kappa           dit.py
-        frames = D(z)       the first n are the last n of the chunk before: drop them
+        frames = D(z)       the first n are the last n of the chunk before: skip them
         kappa = E(the last n frames)                                section 3.2, Appendix D
 
 The video has ceil(seconds * 25) frames. Memory does not grow with its length, except for the
@@ -106,7 +106,8 @@ def read_settings(config, network):
     if network == "teacher":
         settings["guidance"] = config["teacher"]["guidance"]
     size, T, n = settings["size"], settings["frames"], settings["continuity_frames"]
-    rules = {"size must be a multiple of 16": size >= 16 and size % 16 == 0,
+    side = 16 * config.get("vae", {}).get("patch", 1)              # pixels of a token
+    rules = {f"size must be a multiple of {side}": size >= side and size % side == 0,
              "frames must be 4k + 1, 5 or more": T >= 5 and T % 4 == 1,
              "continuity_frames must be 4k + 1, fewer than frames": 1 <= n < T and n % 4 == 1,
              "identity must be tre or etr": settings["identity"] in IDENTITY,
@@ -173,8 +174,9 @@ def generate(models, image, audio, seed=0, steps=None, guidance=None, continuity
         features = encode_audio(audio, start, T)[None]              # (1, T, L, A), 0 after the end
         noise = torch.randn(z_id.shape, generator=generator).to(image.device)
         z = denoise(models, noise, z_id, features, kappa, steps, guidance, generator)
-        end = start                                                 # of what is decoded
-        for video in decode(models.vae, z, min(T, total - start), clock):
+        skip = min(n, T - n) if start else 0    # shown before, and not needed for kappa
+        end = start + skip                                          # of what is decoded
+        for video in decode(models.vae, z, skip, min(T, total - start), clock):
             new = video[0, :, max(0, shown - end):total - end]      # without those shown before
             end += video.shape[2]
             shown += new.shape[1]
@@ -213,10 +215,10 @@ def sample(models, noise, z_id, features, kappa, steps, guidance, generator):
     return z
 
 
-def decode(vae, z, frames, clock):
-    """D(z) in pieces (1, 3, 1 or 16, H, W), until there are `frames`: none past the recording."""
-    pieces = vae.decode_stream(z)
-    made = 0
+def decode(vae, z, skip, frames, clock):
+    """Frames `skip` to `frames` of D(z), in pieces (1, 3, T', H, W): none past the recording."""
+    pieces = vae.decode_stream(z, skip)
+    made = skip
     while made < frames:
         with clock("decode"):
             video = next(pieces)

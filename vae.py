@@ -1,4 +1,4 @@
-"""Wan2.1's 3D causal VAE: 1 + 4k frames of pixels <-> 1 + k latents, 8 x 8 smaller.
+"""Wan2.1's 3D causal VAE: 1 + 4k frames of pixels <-> 1 + k latents, 8 x 8 (16 x 16) smaller.
 
 Paper sections 3.1-3.3 ("E" and "D"). Layers and parameter names are those of Wan2.1
 (wan/modules/vae.py), so the official Wan2.1_VAE.pth loads with strict=True. The small VAE of
@@ -10,8 +10,13 @@ weights/tiny is the same class with other widths; tiny/train_vae.py trains and m
    Continuity latents are therefore re-encoded from pixels, not copied from the end of the chunk
    before (Appendix D).
 
+Where the small VAE leaves Wan's way (patch = 2; Wan2.1: patch = 1): the encoder sees the means of
+2 x 2 pixels, and the decoder stops at a quarter of the picture's side, where a pixel shuffle lays
+out 4 x 4 pixels from each position. A video of 256 x 256 then has the 16 x 16 latents that Wan's
+way gives to 128 x 128, and is decoded in less time.
+
 Shapes: video (B, 3, T, H, W) in [-1, 1]; latents (B, C, F, h, w), normalised per channel;
-F = 1 + (T - 1) / 4, h = H / 8, w = W / 8.
+F = 1 + (T - 1) / 4, h = H / (8 patch), w = W / (8 patch).
 """
 import json
 from dataclasses import dataclass
@@ -37,6 +42,8 @@ class VAEConfig:
     dim_mult: tuple = (1, 2, 4, 4)                      # channels of the 4 resolutions, times dim
     num_res_blocks: int = 2                             # a resolution; the decoder has one more
     temporal_downsample: tuple = (False, True, True)    # which downsamplings also halve time
+    patch: int = 1                                      # 2: means in, pixel shuffle out
+    decoder_widths: tuple = (96, 64, 64)                # patch 2 only: channels at h, 2h and 4h
     latents_mean: tuple = WAN_MEAN                      # of the encoder's output over the
     latents_std: tuple = WAN_STD                        # training set, per channel
 
@@ -105,15 +112,19 @@ class RMS_norm(nn.Module):
         return nnf.rms_norm(x.movedim(1, -1), gamma.shape, gamma, eps=1e-12).movedim(-1, 1)
 
 
-def norm_silu_conv(c_in, c_out, *between):
-    return RMS_norm(c_in), nn.SiLU(), *between, CausalConv3d(c_in, c_out, 3, padding=1)
+def norm_silu_conv(c_in, c_out, *between, taps=3):
+    conv = CausalConv3d(c_in, c_out, (taps, 3, 3), padding=(taps // 2, 1, 1))
+    return RMS_norm(c_in), nn.SiLU(), *between, conv
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, c_in, c_out):
+    """taps: frames that a convolution reads, 3 as in Wan or 1."""
+
+    def __init__(self, c_in, c_out, taps=3):
         super().__init__()
-        self.residual = nn.Sequential(*norm_silu_conv(c_in, c_out),
-                                      *norm_silu_conv(c_out, c_out, nn.Dropout(0.0)))
+        self.residual = nn.Sequential(
+            *norm_silu_conv(c_in, c_out, taps=taps),
+            *norm_silu_conv(c_out, c_out, nn.Dropout(0.0), taps=taps))
         self.shortcut = CausalConv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, cache=None):                   # (B, c_in, T, H, W) -> (B, c_out, T, H, W)
@@ -236,8 +247,33 @@ class Decoder3d(nn.Module):
                                      time=cfg.temporal_downsample[::-1])
         self.head = nn.Sequential(*norm_silu_conv(widths[-1], 3))
 
-    def forward(self, z, cache=None):                   # (B, C, F, h, w) -> (B, 3, T, H, W)
-        return run([self.conv1, *self.middle, *self.upsamples, *self.head], z, cache)
+    def forward(self, z, cache=None, skip=0):           # (B, C, F, h, w) -> (B, 3, T - skip, H, W)
+        x = run([self.conv1, *self.middle, *self.upsamples, *self.head], z, cache)
+        return x[:, :, skip:]
+
+
+class ShuffleDecoder3d(nn.Module):
+    """The decoder of patch = 2: h -> 2h -> 4h, where each position becomes 4 x 4 pixels.
+
+    At 4h no layer mixes frames. That takes a third of the time, and less still where the first
+    `skip` frames are not wanted: only the layers before are computed for them."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        low, mid, high = cfg.decoder_widths
+        self.conv1 = CausalConv3d(cfg.z_dim, low, 3, padding=1)
+        self.middle = middle(low)
+        self.upsamples = resolutions(low, (low, mid), cfg.num_res_blocks + 1, up=True,
+                                     time=(True, True))
+        self.per_frame = nn.Sequential(
+            ResidualBlock(mid // 2, high, taps=1), ResidualBlock(high, high, taps=1),
+            *norm_silu_conv(high, 3 * (2 * cfg.patch) ** 2, taps=1))
+        self.shuffle = nn.PixelShuffle(2 * cfg.patch)
+
+    def forward(self, z, cache=None, skip=0):           # (B, C, F, h, w) -> (B, 3, T - skip, H, W)
+        x = run([self.conv1, *self.middle, *self.upsamples], z, cache)[:, :, skip:]
+        x = run(self.per_frame, x, None)                            # (B, 48, T - skip, 4h, 4w)
+        return self.shuffle(x.transpose(1, 2)).transpose(1, 2)
 
 
 def channels_last(x):
@@ -269,23 +305,26 @@ class WanVAE(nn.Module):
         self.encoder = Encoder3d(config)
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1)        # "quant"
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)                # "post-quant"
-        self.decoder = Decoder3d(config)
+        self.decoder = (Decoder3d if config.patch == 1 else ShuffleDecoder3d)(config)
         stats = torch.tensor([config.latents_mean, config.latents_std]).view(2, 1, -1, 1, 1, 1)
         self.register_buffer("stats", stats, persistent=False)      # no tensor of Wan's state dict
 
     def posterior(self, video, cache=None):
         """video (B, 3, T, H, W) -> mean, log-variance of raw latents, each (B, C, F, h, w)."""
+        video = nnf.avg_pool3d(video, (1, self.config.patch, self.config.patch))
         return self.conv1(self.encoder(channels_last(video), cache)).chunk(2, 1)
 
     def encode(self, video):
         """video (B, 3, T, H, W) in [-1, 1] -> normalised latents (B, C, F, h, w).
 
-        T = 4k + 1, H and W multiples of 8, else ValueError (Wan drops the frames that are over).
+        T = 4k + 1, H and W multiples of 8 patch, else ValueError (Wan drops frames that are over).
         The latent is the posterior's mean, never a sample. Without gradients the clip goes
         through in pieces: the result is the same, and memory does not grow with T."""
         B, C, T, H, W = video.shape
-        if C != 3 or T % 4 != 1 or H % 8 or W % 8:
-            raise ValueError(f"encode wants (B, 3, 4k+1, 8i, 8j), not {tuple(video.shape)}")
+        side = 8 * self.config.patch                                # pixels of a latent
+        if C != 3 or T % 4 != 1 or H % side or W % side:
+            raise ValueError(f"encode wants (B, 3, 4k+1, {side}i, {side}j), "
+                             f"not {tuple(video.shape)}")
         if one_by_one(video):
             return torch.cat([self.encode(row) for row in video.split(1)])
         if torch.is_grad_enabled():
@@ -301,7 +340,7 @@ class WanVAE(nn.Module):
         return channels_last(z.to(self.conv2.weight.dtype))
 
     def decode(self, latents):
-        """latents (B, C, F, h, w) -> video (B, 3, 4(F-1)+1, 8h, 8w), clamped to [-1, 1].
+        """latents (B, C, F, h, w) -> video (B, 3, 4(F-1)+1, H, W), clamped to [-1, 1].
 
         With gradients it is not clamped."""
         if one_by_one(latents):
@@ -311,13 +350,18 @@ class WanVAE(nn.Module):
         return torch.cat(list(self.decode_stream(latents)), 2)
 
     @torch.no_grad()
-    def decode_stream(self, latents):
+    def decode_stream(self, latents, skip=0):
         """The same video in pieces: first (B, 3, 1, H, W), then (B, 3, 16, H, W) at a time.
 
-        Memory does not grow with F, and the first frame comes at once."""
+        Memory does not grow with F, and the first frame comes at once. The first `skip` frames
+        are left out of their pieces, which may have no frames then."""
         cache = {}
+        end = 0                                                     # frames decoded so far
         for piece in pieces(self.raw(latents), LATENTS_AT_ONCE):
-            yield self.decoder(self.conv2(piece), cache).float().clamp(-1, 1)
+            begin = end
+            end += 4 * piece.shape[2] - (3 if begin == 0 else 0)
+            missing = min(max(0, skip - begin), end - begin)
+            yield self.decoder(self.conv2(piece), cache, missing).float().clamp(-1, 1)
 
 
 def load_vae(folder, device="cpu"):

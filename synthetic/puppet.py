@@ -58,7 +58,7 @@ class Config:
     part: Literal["all", "train", "val"] = "all"    # make only this part of the plan
     # which portraits: lips apart from A to below B, eye distances
     lip_gap: tuple[float, float] = (0.0, WIDEST_GAP)
-    size: int = 128                     # pixels of the square frame, a multiple of 8
+    size: int = 256                     # pixels of the square frame, a multiple of 8
     seed: int = 0                       # decides everything: same seed, same clips
     workers: int = 1                    # processes; the clips do not depend on it
 

@@ -14,7 +14,7 @@ from data import to_tensor
 from tiny.linear import blocks, principal_components, temporal_residual
 from vae import WanVAE, load_vae
 
-SMALL = replace(T.TINY, dim=8, dim_mult=(1, 1, 2, 2))
+SMALL = replace(T.TINY, dim=8, dim_mult=(1, 1, 2, 2), decoder_widths=(16, 8, 8))
 CURRICULUM = ((0.5, 1, 32, 4), (1.0, 5, 32, 2))
 
 
@@ -124,18 +124,6 @@ def two_steps(small_curriculum, tmp_path):
     return train(cfg, tmp_path, "a", config)
 
 
-def test_the_decoder_can_be_trained_alone(two_steps, tmp_path):
-    """Property: decoder_only leaves every latent as it was, bit for bit: a generator trained on
-    them needs no new training."""
-    cfg = T.TrainConfig(steps=2, warmup=1, decoder_only=True, bf16=False)
-    folder = train(cfg, tmp_path, "b", None, init=two_steps)
-    a, b = (load_file(x / "vae.safetensors") for x in (two_steps, folder))
-    changed = {name for name in a if not torch.equal(a[name], b[name])}
-    assert changed >= {"decoder.conv1.weight", "decoder.head.2.weight"}
-    assert not [name for name in changed if name.startswith(("encoder.", "conv1."))]
-    assert (two_steps / "config.json").read_bytes() == (folder / "config.json").read_bytes()
-
-
 def test_training_goes_on_from_trained_weights(two_steps, tmp_path):
     """Property: --init begins with the weights of that folder and asks for no principal components:
     at a learning rate of zero the network stays what it was, the encoder may change otherwise."""
@@ -156,7 +144,7 @@ def test_exported_weights_load_and_normalise(small_curriculum, tmp_path):
     folder = train(T.TrainConfig(steps=2), tmp_path, "a")
     vae = load_vae(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert config["size"] == 128 and config["tiny"] == {"motion_channels": 8}
+    assert config["size"] == 256 and config["tiny"] == {"motion_channels": 8}
     with torch.no_grad():
         z = torch.cat([vae.encode(to_tensor(clip.frames)) for clip in moving_clips()])
     assert z.shape == (4, 24, 3, 4, 4)
@@ -292,7 +280,7 @@ def test_channels_are_a_power_of_two():
 
 @pytest.mark.parametrize("options, named", [
     (["--mouth-crop-prob", "1.5"], "--mouth-crop-prob"), (["--warmup", "0"], "--warmup"),
-    (["--steps", "0"], "--steps"), (["--seed", "1", "--decoder-only"], "--decoder-only"),
+    (["--steps", "0"], "--steps"),
     (["--cache", "a", "b"], "--cache"), ([], "nowhere")])
 def test_options_that_make_no_sense_end_in_a_line(options, named, capsys):
     """Property: what makes no sense ends in one line that names the option, before anything is

@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,11 @@ SMALL = VAEConfig(dim=8, z_dim=4, latents_mean=(0.1, -0.2, 0.3, 0.0),
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-def randomise(model):
+def randomise(model, std=0.15):
     """Wan starts some layers at zero; a property should hold for any weights."""
     for p in model.parameters():
         if p.dim() > 1 and p.numel() > p.shape[0]:
-            torch.nn.init.normal_(p, std=0.15)
+            torch.nn.init.normal_(p, std=std)
     return model
 
 
@@ -29,6 +30,18 @@ def randomise(model):
 def small():
     torch.manual_seed(0)
     return randomise(WanVAE(SMALL).eval())
+
+
+@pytest.fixture(scope="module")
+def patched():
+    """The same with patch = 2: means of 2 x 2 pixels in, a pixel shuffle out."""
+    torch.manual_seed(0)
+    return randomise(WanVAE(replace(SMALL, patch=2, decoder_widths=(8, 8, 4))).eval(), 0.05)
+
+
+@pytest.fixture(params=["small", "patched"])
+def either(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -135,19 +148,47 @@ def test_equals_an_independent_implementation(small, clip):
 # ---------------------------------------------------------------------------------------- causality
 
 
-def test_no_frame_of_the_future_is_read(small, clip):
+def test_no_frame_of_the_future_is_read(either, clip):
     """Property: the first m latents of a clip are the latents of its first 4m-3 frames. This is why
-    kappa_gt costs nothing."""
+    kappa_gt costs nothing. The same holds for decoding."""
     with torch.no_grad():
-        whole = small.encode(clip)
+        whole = either.encode(clip)
+        decoded = either.decode(whole)
         for m in (1, 2, 3):
-            part = small.encode(clip[:, :, :4 * m - 3])
+            part = either.encode(clip[:, :, :4 * m - 3])
             torch.testing.assert_close(part, whole[:, :, :m], **CLOSE)
+            part = either.decode(part)
+            torch.testing.assert_close(part, decoded[:, :, :4 * m - 3], **CLOSE)
         changed = clip.clone()
         changed[:, :, 9:] = 0
-        changed = small.encode(changed)
+        changed = either.encode(changed)
     assert torch.equal(changed[:, :, :3], whole[:, :, :3])
     assert not torch.equal(changed, whole)
+
+
+def test_patch_2_has_the_latents_of_the_means_and_twice_the_pixels(small, patched, clip):
+    """Property: with patch = 2 the encoder is Wan's on means of 2 x 2 pixels. So weights trained on
+    128 x 128 give 256 x 256 the same latents, and a generator of these latents stays valid."""
+    same = WanVAE(replace(SMALL, patch=2, decoder_widths=(8, 8, 4))).eval()
+    same.encoder.load_state_dict(small.encoder.state_dict())
+    same.conv1.load_state_dict(small.conv1.state_dict())
+    means = nnf.interpolate(clip[0].transpose(0, 1), scale_factor=0.5, mode="area")
+    with torch.no_grad():
+        wanted = small.encode(means.transpose(0, 1)[None])
+        torch.testing.assert_close(same.encode(clip), wanted, **CLOSE)
+        assert patched.decode(wanted).shape == clip.shape
+        assert small.decode(wanted).shape[3:] == (16, 16)
+
+
+def test_above_a_quarter_of_the_side_no_layer_of_patch_2_mixes_frames(patched):
+    """Property: this is why frames that are not shown cost nothing there."""
+    for layer in patched.decoder.per_frame.modules():
+        assert not isinstance(layer, CausalConv3d) or layer.past == 0
+    x = torch.randn(1, 4, 5, 4, 4)
+    with torch.no_grad():
+        whole = V.run(patched.decoder.per_frame, x, None)
+        each = [V.run(patched.decoder.per_frame, frame, None) for frame in x.split(1, 2)]
+    torch.testing.assert_close(torch.cat(each, 2), whole, **CLOSE)
 
 
 @pytest.mark.parametrize("kernel, stride, padding", [
@@ -183,26 +224,29 @@ def test_a_layer_in_pieces_is_a_layer_in_one_pass(fast, monkeypatch):
         assert torch.equal(cache[layer], x[:, :, -2:])
 
 
-def test_the_kernel_for_cpus_changes_no_frame(small, clip, monkeypatch):
+def test_the_kernel_for_cpus_changes_no_frame(either, clip, monkeypatch):
     """Property: latents and frames of the whole VAE are the same with pad and conv3d in every
     layer, as a GPU computes them."""
     with torch.no_grad():
-        latents = small.encode(clip)
-        frames = small.decode(latents)
+        latents = either.encode(clip)
+        frames = either.decode(latents)
         monkeypatch.setattr(V, "CPU_KERNEL", False)
-        torch.testing.assert_close(small.encode(clip), latents, **CLOSE)
-        torch.testing.assert_close(small.decode(latents), frames, **CLOSE)
+        torch.testing.assert_close(either.encode(clip), latents, **CLOSE)
+        torch.testing.assert_close(either.decode(latents), frames, **CLOSE)
 
 
-def test_streamed_decode_is_one_pass_decode(small, clip):
+def test_streamed_decode_is_one_pass_decode(either, clip):
     """Property: what a layer must remember is two frames of its input; then sixteen frames at a
-    time give the whole clip, exactly."""
+    time give the whole clip, exactly. Frames that are skipped change no other."""
     with torch.no_grad():
-        z = small.encode(clip)
-        pieces = list(small.decode_stream(z))
-        once = small.decoder(small.conv2(z * small.stats[1] + small.stats[0])).clamp(-1, 1)
+        z = either.encode(clip)
+        pieces = list(either.decode_stream(z))
+        once = either.decoder(either.conv2(z * either.stats[1] + either.stats[0])).clamp(-1, 1)
+        rest = list(either.decode_stream(z, skip=9))
     assert [piece.shape[2] for piece in pieces] == [1, 16, 16, 4]
     torch.testing.assert_close(torch.cat(pieces, 2), once, **CLOSE)
+    assert [piece.shape[2] for piece in rest] == [0, 8, 16, 4]
+    torch.testing.assert_close(torch.cat(rest, 2), once[:, :, 9:], **CLOSE)
 
 
 def test_encoding_in_groups_is_one_pass_encoding(small):

@@ -3,18 +3,20 @@
 tiny/train_vae.py trains the encoder towards principal_components; tiny/teacher.py encodes clips
 that are augmented at every draw with LinearEncoder. Not in the paper.
 
-Shapes: B batch, T pixel frames, F = 1 + (T - 1) / 4 latents, h = H / 8, w = W / 8, C channels;
-P = 3 * 4 * 8 * 8 = 768 numbers in a block of pixels, n blocks.
+Shapes: B batch, T pixel frames, F = 1 + (T - 1) / 4 latents, C channels; h = H / (8 patch),
+w = W / (8 patch); P = 3 * 4 * 8 * 8 = 768 numbers in a block of pixels, n blocks.
 """
 import torch
+import torch.nn.functional as nnf
 
 # --------------------------------------------------------------------------- principal components
 
 
-def blocks(video):
-    """(B, 3, T, H, W) -> (B, F, h, w, P): the pixels of each latent.
+def blocks(video, patch=1):
+    """(B, 3, T, H, W) -> (B, F, h, w, P): the pixels of each latent, or means of patch x patch.
 
     The first latent has one frame only, which is repeated four times."""
+    video = nnf.avg_pool3d(video, (1, patch, patch))
     v = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)        # (B, 3, 4F, H, W)
     v = v.unflatten(4, (-1, 8)).unflatten(3, (-1, 8))
     v = v.unflatten(2, (-1, 4))                                         # (B, 3, F, 4, h, 8, w, 8)
@@ -52,7 +54,7 @@ def component_matrix(x, channels):
     return mixed / variance.sqrt().sum().sqrt()
 
 
-def principal_components(batches, channels, motion_channels=0):
+def principal_components(batches, channels, motion_channels=0, patch=1):
     """Videos (B, 3, T, H, W) -> function: video -> (B, channels + motion_channels, F, h, w).
 
     The first `channels` are the best linear code of blocks of 4 x 8 x 8 pixels. They lose most of
@@ -62,13 +64,13 @@ def principal_components(batches, channels, motion_channels=0):
     Why such a target: without it, two hours of training stayed 4 dB below these components. And
     a projection applied twice is the same projection, which suits a video that is decoded and
     encoded again at every chunk."""
-    x = torch.cat([blocks(video).flatten(0, 3) for video in batches])           # (n, P)
+    x = torch.cat([blocks(video, patch).flatten(0, 3) for video in batches])    # (n, P)
     mean = x.mean(0)
     first = component_matrix(x - mean, channels)                                # (P, channels)
     if not motion_channels:
-        return lambda video: ((blocks(video) - mean) @ first).movedim(-1, 1)
+        return lambda video: ((blocks(video, patch) - mean) @ first).movedim(-1, 1)
 
-    z = torch.cat([((blocks(video) - mean) @ first).flatten(0, 3) for video in batches])
+    z = (x - mean) @ first                                                      # (n, channels)
     offset = z.mean(0)
     square = (z - offset).T @ (z - offset)
     product = (z - offset).T @ (x - mean)
@@ -80,7 +82,7 @@ def principal_components(batches, channels, motion_channels=0):
     motion = component_matrix(left(x, z), motion_channels)
 
     def encode(video):
-        x = blocks(video)
+        x = blocks(video, patch)
         z = (x - mean) @ first                                                  # (B, F, h, w, .)
         return torch.cat([z, left(x, z) @ motion], -1).movedim(-1, 1)
     return encode
@@ -100,10 +102,11 @@ class LinearEncoder:
         """videos: (1, 3, T, H, W) each; device: the VAE's. Makes
         .matrices   of first and later latents, each (P + 1, C): the last row is the bias
         .missing    share of the latents' variance on these videos that the matrices do not give"""
+        self.patch = vae.config.patch
         square = [torch.eye(769, dtype=torch.float64) for _ in range(2)]        # a little ridge
         product, total = [0.0, 0.0], [0.0, 0.0]
         for video in videos:
-            x = blocks(video)                                                   # (1, F, h, w, P)
+            x = blocks(video, self.patch)                                       # (1, F, h, w, P)
             z = vae.encode(video.to(device)).cpu().movedim(1, -1)               # (1, F, h, w, C)
             for i, part in enumerate([slice(0, 1), slice(1, None)]):
                 a = x[:, part].flatten(0, 3).double()                           # (n, P)
@@ -124,7 +127,7 @@ class LinearEncoder:
     def encode(self, video):
         """(1, 3, T, H, W) -> (C, F, h, w)"""
         first, later = self.matrices
-        x = blocks(video)[0]                                                    # (F, h, w, P)
+        x = blocks(video, self.patch)[0]                                        # (F, h, w, P)
         z = torch.cat([x[:1] @ first[:-1] + first[-1], x[1:] @ later[:-1] + later[-1]])
         return z.movedim(-1, 0)
 

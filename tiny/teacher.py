@@ -430,7 +430,7 @@ def prepare(files, cfg, size, vae, encoder, device, rank, world):
     shares = files.shares or [1.0] * len(folders)
     sampler = ChunkSampler(chunks, sampling_weights(folders, shares, cfg))
     first_chunks = [chunk for chunk in val if chunk.row == 0]
-    return sampler, first_chunks, Tricks(size // 8, linear, roundtrip)
+    return sampler, first_chunks, Tricks(size // (8 * vae.config.patch), linear, roundtrip)
 
 
 def main(argv=None):
@@ -441,7 +441,7 @@ def main(argv=None):
         rank, world = init_distributed(device)
         config, vae, encoder = load_frozen(files.weights, device)
         size = config["size"]
-        check_tiny(files, cfg, size // 8)
+        check_tiny(files, cfg, size // (8 * vae.config.patch))
         torch.manual_seed(cfg.seed)
         network = replace(NETWORK, channels=vae.config.z_dim, audio_layers=encoder.layers,
                           audio_dim=encoder.dim)

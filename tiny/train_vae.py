@@ -2,12 +2,12 @@
 
     python -m tiny.train_vae --data PUPPETS GRID PORTRAITS                    about 2 h of two cores
     python -m tiny.train_vae --data PUPPETS GRID --init weights/tiny --steps 4000 --lr 8e-4
-    python -m tiny.train_vae --data PUPPETS GRID --init weights/tiny --decoder-only
     python -m tiny.train_vae --data PUPPETS GRID --evaluate --out weights/tiny
 
-With --init training continues from trained weights, with --decoder-only without changing their
-latents. --evaluate measures held-out clips, into OUT/vae_metrics.json. Training writes
-vae.safetensors (averaged weights, float16) and the "vae" part of config.json into OUT.
+With --init training continues from trained weights, and their latents change. train_decoder.py goes
+on from here: a sharper decoder for latents that stay. --evaluate measures held-out clips, into
+OUT/vae_metrics.json. Training writes vae.safetensors (averaged weights, float16) and the "vae" part
+of config.json into OUT.
 
 The curriculum goes from easy to hard: pictures first, where only the last tap of every temporal
 kernel acts (an image autoencoder: many diverse faces a second), then short clips, then long ones.
@@ -45,8 +45,8 @@ from vae import CausalConv3d, ResidualBlock, VAEConfig, WanVAE, load_vae
 
 # ------------------------------------------------------------------------------------------ config
 
-SIZE = 128                                  # side of the clips, pixels
-TINY = VAEConfig(dim=16, z_dim=24, dim_mult=(1, 2, 4, 6), num_res_blocks=1,
+SIZE = 256                                  # side of the clips, pixels
+TINY = VAEConfig(dim=16, z_dim=24, dim_mult=(1, 2, 4, 6), num_res_blocks=1, patch=2,
                  latents_mean=(0.0,) * 24, latents_std=(1.0,) * 24)
 
 
@@ -70,14 +70,13 @@ class TrainConfig:
     edges: float = 0.5                      # weight of the spatial-gradient loss (L1)
     square: float = 10.0                    # weight of the squared error
     flicker: float = 20.0                   # weight of the squared error of frame differences
-    colour: float = 1.0                     # weight of the error of means over 8 x 8 pixels (L1)
+    colour: float = 1.0                     # weight of the error of means over 16 x 16 pixels
     kl: float = 1e-4                        # weight of the KL divergence, a mean over latents
     target: float = 1.0                     # weight of latents' distance from principal components
     cycle: float = 1.0                      # weight of the distance of output's and clip's latents
     motion_channels: PresetOnly[int] = 8    # the last latent channels, for motion inside a latent
     mouth_crop_prob: float = 0.0            # share of crops cut around the mouth of a centred face
     ema: float = 0.999                      # decay of the averaged weights, which are the result
-    decoder_only: bool = False              # with --init: latents stay as they are
     bf16: bool = True                       # bfloat16 autocast
     compile: bool = False                   # a third faster, after three minutes a stage
     save_minutes: float = 5.0               # from one checkpoint and sample grid to the next
@@ -86,8 +85,8 @@ class TrainConfig:
 
 # Stages of a curriculum: (share of the steps at which it ends, frames, side of a crop, clips of a
 # batch). Small crops cost little, and the network is convolutional: whole frames work as well.
-CURRICULUM = ((0.15, 1, 64, 16), (0.70, 9, 64, 4), (1.00, 25, 64, 2))
-FINETUNE_CURRICULUM = ((0.50, 17, 64, 4), (1.00, 41, 64, 2))    # with --init
+CURRICULUM = ((0.15, 1, 128, 16), (0.70, 9, 128, 4), (1.00, 25, 128, 2))
+FINETUNE_CURRICULUM = ((0.50, 17, 128, 4), (1.00, 41, 128, 2))    # with --init
 MOUTH = 0.58, 0.84, 0.32, 0.68              # top, bottom, left, right in a face-centred clip
 
 # -------------------------------------------------------------------------------------------- data
@@ -213,15 +212,12 @@ def new_vae(cfg, config, folders):
         generator = torch.Generator().manual_seed(cfg.seed + i)
         batches.append(training_batch(folders, frames, side, 16, generator, cfg.mouth_crop_prob))
     channels = config.z_dim - cfg.motion_channels
-    return vae, principal_components(batches, channels, cfg.motion_channels)
+    return vae, principal_components(batches, channels, cfg.motion_channels, config.patch)
 
 
 def trained_vae(cfg, folder):
     """-> WanVAE of that folder, ready to be trained on; how many of its channels are for motion"""
     vae = load_vae(folder).requires_grad_(True)
-    if cfg.decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.conv1.requires_grad_(False)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return vae, config.get("tiny", {}).get("motion_channels", 0)
 
@@ -247,7 +243,7 @@ def reconstruction_losses(output, video):
     flicker = l1 * 0
     if video.shape[2] > 1:
         flicker = (output.diff(dim=2) - video.diff(dim=2)).square().mean()
-    colour = nnf.avg_pool3d(output - video, (1, 8, 8)).abs().mean()
+    colour = nnf.avg_pool3d(output - video, (1, 16, 16)).abs().mean()
     return {"l1": l1, "square": square, "edges": edges, "flicker": flicker, "colour": colour}
 
 
@@ -353,9 +349,7 @@ def export(folder, vae, clips, motion_channels):
 
 
 def make_muon(named_parameters, lr, cfg):
-    """Muon for what is trained; with --decoder-only the encoder is not."""
-    trained = {name: p for name, p in named_parameters.items() if p.requires_grad}
-    return Muon(trained, lr)
+    return Muon(named_parameters, lr)
 
 
 def train(cfg, config, folders, out, run_dir, resume=False, init=None):
@@ -421,8 +415,7 @@ def train(cfg, config, folders, out, run_dir, resume=False, init=None):
             print(f"step {step:5d}/{cfg.steps} | loss {loss.item():.4f} | {parts} | norm {norm:.2f}"
                   f" | lr {lr:.1e} | {frames} x {side} px | {speed:.0f} frames/s", flush=True)
             clock, seen = time.time(), 0
-    measured = [] if cfg.decoder_only else as_many_of_each(folders)
-    export(out, with_weights(vae.config, state.ema), measured, motion_channels)
+    export(out, with_weights(vae.config, state.ema), as_many_of_each(folders), motion_channels)
 
 # ---------------------------------------------------------------------------------------- evaluate
 
@@ -485,7 +478,7 @@ def measure(vae, frames):
 
 @torch.no_grad()
 def decode_seconds(vae, dtype):
-    """Seconds to decode 81 frames of 128 x 128 as a stream, the best of three."""
+    """Seconds to decode 81 frames of 256 x 256 as a stream, the best of three."""
     z = torch.randn(1, vae.config.z_dim, 21, 16, 16)
     vae.decoder.to(dtype)
     vae.conv2.to(dtype)
@@ -539,8 +532,6 @@ def check(files, cfg):
         raise ValueError(f"--mouth-crop-prob {cfg.mouth_crop_prob} is a share, 0 to 1")
     if min(cfg.steps, cfg.warmup) < 1:
         raise ValueError("--steps and --warmup must be at least 1")
-    if cfg.decoder_only and not files.init:
-        raise ValueError("--decoder-only needs a trained VAE: --init")
 
 
 def run(files, cfg):
