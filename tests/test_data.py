@@ -267,7 +267,7 @@ def test_a_bad_file_is_skipped_with_a_reason(tmp_path):
     for name, reason in (("silent", "no audio"), ("one", "1 frames"), ("no video", "no video"),
                          ("sidecar", "7 masks for 50")):
         assert reason in why[f"{name}.mp4"]
-    assert "cannot identify" in why["program.png"]
+    assert "not a picture" in why["program.png"]
     assert all(name in clips.report() for name in why)
     for_the_vae = data.ClipFolder(tmp_path, 32, "all", need_audio=False)
     assert "silent" in [clip.name for clip in for_the_vae.clips]
