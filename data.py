@@ -281,7 +281,7 @@ def libsndfile_blocks(path):
 
 
 def is_plain_vorbis(path):
-    """Is it one Ogg Vorbis? Of these FFmpeg loses the end, and of several joined ones libsndfile."""
+    """Is it one Ogg Vorbis? FFmpeg loses its end, libsndfile all but the first of joined ones."""
     if path.suffix.lower() not in (".ogg", ".oga"):
         return False
     with suppress(soundfile.LibsndfileError):

@@ -37,7 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import infer
-from common import Mp4Writer, one_line_errors, peak_memory, write_json
+from common import VideoWriter, one_line_errors, peak_memory, write_json
 from data import FPS, HOP, PICTURES, VIDEOS, media_files, sidecar_text, split_of, to_tensor
 from measure import landmarks, pixels, report, rulers, sync, video
 from measure.rulers import Item
@@ -164,7 +164,7 @@ def make_video(models, path, picture, sound, seed, options):
     began = time.perf_counter()
     latency = None
     keep = False
-    writer = Mp4Writer(path, models.size, sound)
+    writer = VideoWriter(path, models.size, sound)
     guidance = options.guidance if models.network == "teacher" else None
     try:
         image = to_tensor(picture[None])[:, :, 0]           # (1, 3, H, W)
