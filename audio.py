@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
 
-from data import FPS, HOP, mono_16k
+from media import FPS, HOP, mono_16k
 
 CONTEXT = 8 * FPS                   # frames the encoder gets at most, the last one included
 KINDS = ("wav2vec2", "whisper")     # model types; also the names of their folders in a preset

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from fractions import Fraction
 from itertools import chain
@@ -33,7 +33,12 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import FPS, SAMPLE_RATE, known_layout, read_picture, resampled, sound_blocks
+from media import FPS, SAMPLE_RATE, known_layout, read_picture, resampled, sound_blocks
+
+try:
+    import fcntl
+except ImportError:                             # on Windows
+    fcntl = None
 
 # -------------------------------------------------------------------------------------------- files
 
@@ -260,6 +265,51 @@ def clip_gradients(model, limit):
     """Scale all gradients so that their norm is at most `limit` -> the norm before, a float."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return whole(norm).item()
+
+
+@contextmanager
+def run_folder(files):
+    """files.run_dir is ours inside `with`: a run in it is asked about, and a second one kept out.
+
+    ValueError if it holds a run and neither --resume nor --overwrite is given, or if another
+    process trains in it. Folders that stay empty are removed. torchrun: the first process asks."""
+    run = files.run_dir
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    if files.resume and files.overwrite:
+        raise ValueError("--resume continues the run in RUN_DIR, --overwrite replaces it: not both")
+    old = [run / name for name in ("checkpoint.safetensors", "log.jsonl") if (run / name).exists()]
+    if old and not files.resume and not files.overwrite:
+        raise ValueError(f"{run} holds a run ({', '.join(path.name for path in old)}): --resume "
+                         "continues it, --overwrite replaces it, another --run-dir keeps it")
+    new = [folder for folder in (run, *run.parents) if not folder.exists()]
+    run.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(run)
+    try:
+        if files.overwrite:
+            for path in old:                    # else a kill before the first save would leave the
+                path.unlink()                   # old one to --resume
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def lock_folder(folder):
+    """-> a handle that locks the folder until it is closed or the process ends; None on Windows."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"another process is training in {folder}") from None
+    return handle
 
 
 def trim_log(path, start):

@@ -20,7 +20,7 @@ from PIL import Image, ImageCms
 from safetensors import safe_open
 
 import common
-from data import HOP, SAMPLE_RATE, read_video, sound_blocks
+from media import HOP, SAMPLE_RATE, read_video, sound_blocks
 
 # -------------------------------------------------------------------------------------------- files
 
@@ -165,6 +165,57 @@ def test_one_process_needs_no_group():
     assert common.shard(model, "cpu", 1) is model
 
 
+def folder_of(run, resume=False, overwrite=False):
+    return common.run_folder(SimpleNamespace(run_dir=run, resume=resume, overwrite=overwrite))
+
+
+def test_a_forgotten_flag_costs_no_run(tmp_path):
+    """Property: a folder that holds a run is refused, continued or replaced: the user says which.
+
+    A run that made nothing leaves no folder."""
+    run = tmp_path / "runs" / "a"
+    with pytest.raises(ValueError, match="typing error"), folder_of(run):
+        raise ValueError("typing error")
+    assert not list(tmp_path.iterdir())
+    with folder_of(run):
+        common.log(run / "log.jsonl", {"step": 0})
+        (run / "checkpoint.safetensors").write_bytes(b"hours of work")
+    with pytest.raises(ValueError, match="holds a run .*--resume .*--overwrite"), folder_of(run):
+        raise AssertionError
+    with folder_of(run, resume=True):
+        assert (run / "checkpoint.safetensors").read_bytes() == b"hours of work"
+    with pytest.raises(ValueError, match="not both"), folder_of(run, True, True):
+        raise AssertionError
+    with folder_of(run, overwrite=True):
+        assert not list(run.iterdir())
+
+
+@pytest.mark.skipif(common.fcntl is None, reason="no locks on Windows")
+def test_two_programs_do_not_share_a_run(tmp_path):
+    """Property: the second is refused while the first runs, and welcome after it, even a killed one
+    (the lock is the system's, not a file that stays behind)."""
+    with folder_of(tmp_path):
+        with pytest.raises(ValueError, match="another process"), folder_of(tmp_path, resume=True):
+            raise AssertionError
+    with folder_of(tmp_path, resume=True):
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_umask_decides_who_may_read(tmp_path):
+    """Property: colleagues can read weights, checkpoints and logs where the system allows it."""
+    before = os.umask(0o027)
+    try:
+        common.write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {})
+        common.write_json(tmp_path / "a.json", {})
+        writer = common.VideoWriter(tmp_path / "a.mp4", 32, clip(1)[1])
+        writer.write(clip(1)[0])
+        writer.close()
+    finally:
+        assert os.umask(before) == 0o027
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
 def test_a_checkpoint_fits_its_own_options_only(tmp_path):
     """Property: a run resumes with the options it was made with, those apart that may change."""
     cfg = Config()
@@ -177,6 +228,8 @@ def test_a_checkpoint_fits_its_own_options_only(tmp_path):
     assert common.load_checkpoint(path, tensors, longer, ("steps",), data="abc") == 7
     with pytest.raises(ValueError, match="steps 10 -> 20"):
         common.load_checkpoint(path, tensors, longer, (), data="abc")
+    with pytest.raises(ValueError, match="has made 7 steps already: --steps 5"):
+        common.load_checkpoint(path, tensors, replace(cfg, steps=5), ("steps",), data="abc")
     with pytest.raises(ValueError, match="data abc -> xyz"):
         common.load_checkpoint(path, tensors, cfg, (), data="xyz")
 

@@ -316,7 +316,8 @@ def test_loading_keeps_time_path_and_encoder_in_float32(weights):
 def test_mp4_holds_frames_and_sound_of_the_same_length(weights, files, capsys):
     """Property: the file plays: H.264 and AAC, within one frame of each other and in step.
 
-    Its sound has the channels of the recording. It stands under the name that was asked for, with nothing beside it."""
+    Its sound has the channels of the recording. It stands under the name that was asked for, with
+    nothing beside it."""
     audio = speech(3.25)
     soundfile.write(files / "speech.wav", np.stack([audio, audio], 1), SAMPLE_RATE)
     out = files / "mein Bild ü.mp4"
@@ -349,7 +350,7 @@ def test_silence_is_allowed(weights, files):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_ctrl_c_kill_and_a_closed_terminal_keep_what_was_made(weights, files, monkeypatch, capsys, name):
+def test_ctrl_c_and_kill_keep_what_was_made(weights, files, monkeypatch, capsys, name):
     """Property: a stopped run leaves a file that plays, with the frames made so far.
 
     Nothing half-written is beside it."""
