@@ -399,12 +399,12 @@ def test_one_person_can_be_trained_on(tmp_path, capsys, monkeypatch):
 
     A lone clip of less than 10 s is all training, and the reason is given."""
     def decode(path, *_):
-        length = 300 if path.stem == "film" else 30
+        length = 300 if path.stem == "lone" else 30
         levels = np.arange(length)[:, None, None, None].astype(np.uint8)
         frames = np.broadcast_to(levels, (length, 16, 16, 3))
         return frames, np.arange(length * HOP).astype(np.int16), frames[:, :4, :4, 0]
     monkeypatch.setattr(data, "decode", decode)
-    (tmp_path / "film.mp4").touch()
+    (tmp_path / "lone.mp4").touch()
     parts = {part: data.ClipFolder(tmp_path, 16, part).clips for part in ("train", "val", "all")}
     assert "shows one person" in capsys.readouterr().err
     (train,), (val,), (whole,) = parts.values()
@@ -412,7 +412,7 @@ def test_one_person_can_be_trained_on(tmp_path, capsys, monkeypatch):
     for what in ("frames", "audio", "mask"):
         together = np.concatenate([getattr(train, what), getattr(val, what)])
         assert (together == getattr(whole, what)).all()
-    (tmp_path / "film.mp4").unlink()
+    (tmp_path / "lone.mp4").unlink()
     for name in "abc":
         (tmp_path / f"{name}.mp4").touch()
         (tmp_path / f"{name}.json").write_text('{"identity": "me"}')

@@ -200,7 +200,7 @@ def test_the_first_good_copy_is_kept(tmp_path, monkeypatch):
 
 
 def test_memory_is_that_of_one_scene(tmp_path, monkeypatch):
-    """Property: a film of an hour is cut with the memory of a scene, not of 16 GB of pictures.
+    """Property: a video of an hour is cut with the memory of a scene, not of 16 GB of pictures.
 
     Four times as many scenes must not take twice the memory."""
     monkeypatch.setattr(prepare_data, "face_detector", lambda: None)
@@ -212,7 +212,7 @@ def test_memory_is_that_of_one_scene(tmp_path, monkeypatch):
         for i in range(10 * scenes[0]):
             yield np.full((64, 64, 3), 80 + 100 * (i // 10 % 2) + i % 3, np.uint8)
     monkeypatch.setattr(data, "read_video", read_video)
-    (tmp_path / "film.mp4").touch()
+    (tmp_path / "lone.mp4").touch()
     peaks = []
     for scenes[0] in (4, 16):
         tracemalloc.start()
