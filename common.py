@@ -425,10 +425,12 @@ def one_line_errors(program, when_stopped="stopped"):
     try:
         yield
     except bad_input as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        with suppress(OSError):                                     # if the terminal is gone
+            print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{program}: {when_stopped}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"{program}: {when_stopped}", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
