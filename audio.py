@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
 
-from data import FPS, HOP, SAMPLE_RATE
+from media import FPS, HOP, mono_16k
 
 CONTEXT = 8 * FPS                   # frames the encoder gets at most, the last one included
 KINDS = ("wav2vec2", "whisper")     # model types; also the names of their folders in a preset
@@ -30,66 +30,22 @@ FILES = ("config.json", "model.safetensors")
 # ---------------------------------------------------------------------------------------- recording
 
 
-def read_blocks(path):
-    """Yield (rate, float32 (n, channels)): by libsndfile (wav flac mp3 ogg), else by FFmpeg."""
-    try:
-        file = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError:
-        file = None
-    if file:
-        size = (1 << 18) // file.channels
-        while len(block := file.read(size, dtype="float32", always_2d=True)):
-            yield file.samplerate, block
-        file.close()
-        return
-    with av.open(str(path)) as container:
-        if not container.streams.audio:
-            raise ValueError(f"{path} has no sound track")
-        has_picture = bool(container.streams.video)
-        picture_start = max(0, container.start_time or 0) / av.time_base if has_picture else 0
-        to_float = av.AudioResampler(format="flt")                  # changes the sample format only
-        for i, frame in enumerate(container.decode(audio=0)):
-            delay = (frame.time or 0) - picture_start               # s; over 300: a broken clock
-            if i == 0 and 0 < delay < 300:
-                silence = np.zeros((round(delay * frame.sample_rate), 1), np.float32)
-                yield frame.sample_rate, silence
-            for part in to_float.resample(frame):
-                yield part.sample_rate, part.to_ndarray().reshape(-1, part.layout.nb_channels)
-
-
-def to_16k_mono(blocks, path):
-    """Blocks of any rate -> list of float32 (n,) at 16 kHz. What 16 kHz cannot hold is removed."""
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
-    pieces, rate = [], None
-    for rate, block in blocks:
-        if rate < 4000:
-            raise ValueError(f"{path} has {rate} samples a second: damaged, or too few for speech")
-        if not np.isfinite(block).all():
-            raise ValueError(f"{path} contains NaN or infinite samples")
-        mono = block.mean(1, dtype=np.float32)[None]                # (1, n)
-        frame = av.AudioFrame.from_ndarray(mono, format="flt", layout="mono")
-        frame.sample_rate = rate
-        pieces += resampler.resample(frame)
-    if rate is not None:
-        pieces += resampler.resample(None)                          # what is still in the filter
-    return [piece.to_ndarray()[0] for piece in pieces]
-
-
 def load_audio(path):
     """Any recording -> float32 (samples,) at 16 kHz, mono, in [-1, 1]. Silence is fine.
 
-    FileNotFoundError if there is no such file; ValueError if it is no audio, empty or has NaN."""
+    Of a video the sound on its pictures' clock: a late start is silence. FileNotFoundError if there
+    is no such file; ValueError if it is no audio, empty or has NaN."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        pieces = to_16k_mono(read_blocks(path), path)
-    except (av.FFmpegError, soundfile.LibsndfileError, OSError) as error:
+        pieces = list(mono_16k(path))
+    except (av.FFmpegError, soundfile.LibsndfileError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read {path}: {reason}") from None
     if not any(len(piece) for piece in pieces):
-        raise ValueError(f"{path} has no samples")
-    return np.concatenate(pieces).clip(-1, 1)
+        raise ValueError(f"{path} has no sound")
+    return np.concatenate(pieces)
 
 # ------------------------------------------------------------------------------------------ encoder
 

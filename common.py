@@ -16,11 +16,11 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -29,22 +29,32 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import FORMATS, FPS, HOP, MAX_PIXELS, SAMPLE_RATE
+from media import FPS, SAMPLE_RATE, known_layout, read_picture, resampled, sound_blocks
+
+try:
+    import fcntl
+except ImportError:                             # on Windows
+    fcntl = None
 
 # -------------------------------------------------------------------------------------------- files
 
 
 def write_aside(path, save):
-    """Call save(part) with a name beside `path`, then rename. OSError in one line if it fails."""
-    part = Path(f"{path}.part")
+    """Call save(part) with a name beside `path`, then rename. OSError in one line if it fails.
+
+    A link stays a link. Who may read the file is what umask says: safetensors would say nobody."""
+    real = os.path.realpath(path)
+    part = Path(f"{real}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         save(part)
-        os.replace(part, path)
+        os.umask(umask := os.umask(0))                              # it can only be read by setting
+        part.chmod(0o666 & ~umask)
+        os.replace(part, real)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
         raise OSError(f"{path} was not written: {error}") from None
@@ -257,6 +267,51 @@ def clip_gradients(model, limit):
     return whole(norm).item()
 
 
+@contextmanager
+def run_folder(files):
+    """files.run_dir is ours inside `with`: a run in it is asked about, and a second one kept out.
+
+    ValueError if it holds a run and neither --resume nor --overwrite is given, or if another
+    process trains in it. Folders that stay empty are removed. torchrun: the first process asks."""
+    run = files.run_dir
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    if files.resume and files.overwrite:
+        raise ValueError("--resume continues the run in RUN_DIR, --overwrite replaces it: not both")
+    old = [run / name for name in ("checkpoint.safetensors", "log.jsonl") if (run / name).exists()]
+    if old and not files.resume and not files.overwrite:
+        raise ValueError(f"{run} holds a run ({', '.join(path.name for path in old)}): --resume "
+                         "continues it, --overwrite replaces it, another --run-dir keeps it")
+    new = [folder for folder in (run, *run.parents) if not folder.exists()]
+    run.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(run)
+    try:
+        if files.overwrite:
+            for path in old:                    # else a kill before the first save would leave the
+                path.unlink()                   # old one to --resume
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def lock_folder(folder):
+    """-> a handle that locks the folder until it is closed or the process ends; None on Windows."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"another process is training in {folder}") from None
+    return handle
+
+
 def trim_log(path, start):
     """Drop the lines of a log that a run resumed at step `start` will write again."""
     lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and start else []
@@ -304,13 +359,16 @@ def load_checkpoint(path, tensors, cfg, may_change, **more):
     """Fill `tensors`, for any number of processes -> steps done. ValueError: see check_options."""
     with safe_open(path, "pt") as file:
         check_options(path, file.metadata(), cfg, may_change, **more)
+        step = int(file.metadata()["step"])
+        if step > cfg.steps:
+            raise ValueError(f"{path} has made {step} steps already: --steps {cfg.steps} are less")
         for name, tensor in tensors.items():
             new = file.get_tensor(name).to(tensor.device)
             if hasattr(tensor, "full_tensor"):                      # a shard of FSDP
                 from torch.distributed.tensor import distribute_tensor
                 new = distribute_tensor(new, tensor.device_mesh, tensor.placements)
             tensor.copy_(new)
-        return int(file.metadata()["step"])
+        return step
 
 
 def export_weights(source, out, network, ema, cfg, config, leave=()):
@@ -356,20 +414,37 @@ def parse_args(doc, files, presets, argv=None):
 
 @contextmanager
 def one_line_errors(program, when_stopped="stopped"):
-    """Bad input ends in one line and exit code 2, Ctrl-C and kill in one line and 130."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # kill is Ctrl-C
+    """Bad input ends in one line and exit code 2; Ctrl-C, kill, a closed terminal in 130."""
+    for name in ("SIGTERM", "SIGHUP"):                              # Windows has no SIGHUP,
+        number = getattr(signal, name, None)                        # nohup ignores it
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")           # names in any alphabet
     bad_input = OSError, ValueError, KeyError, FloatingPointError, SafetensorError, av.FFmpegError
     try:
         yield
     except bad_input as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        with suppress(OSError):                                     # if the terminal is gone
+            print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{program}: {when_stopped}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"{program}: {when_stopped}", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def say(text):
+    """Print what was made. A full disk or a closed pipe there does not make it a failure."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)                  # else Python tries it again at
+        os.dup2(nowhere, sys.stdout.fileno())                       # the end, and exits with 120
+        print(f"warning: cannot print: {error}\n{text}", file=sys.stderr)
 
 # ----------------------------------------------------------------------------------------- pictures
 
@@ -380,81 +455,105 @@ MADE_BY = ("Synthetic video: a machine animated one picture to one recording "
 def load_image(path, size):
     """A picture -> float32 (1, 3, size, size) in [-1, 1]: its centre square.
 
-    Any of FORMATS, also CMYK, palette, transparent or turned by EXIF. FileNotFoundError, or
-    ValueError for what is not a picture, under 16 px or over 100 megapixels."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such picture: {path}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                         # the size limit is our own
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{path} has {image.width} x {image.height} pixels: "
-                                     "scale it down first")
-                image = to_rgb(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError:
-        raise ValueError(f"{path} has far too many pixels: scale it down first") from None
-    except UnidentifiedImageError:
-        formats = ", ".join(FORMATS)
-        raise ValueError(f"{path} is not a picture that can be read: {formats}") from None
-    except (OSError, SyntaxError, EOFError, RuntimeError, MemoryError) as error:
-        reason = str(error) or type(error).__name__                 # Pillow's, for damaged files
-        raise ValueError(f"{path} cannot be read as a picture: {reason}") from None
+    What read_picture takes and refuses. ValueError under 16 px, too."""
+    image = read_picture(path)
     if min(image.size) < 16:
-        size = f"{image.width} x {image.height}"
-        raise ValueError(f"{path} is only {size} pixels: a face needs more")
+        raise ValueError(f"{path} is only {image.width} x {image.height} pixels: a face needs more")
     image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def to_rgb(image):
-    """Any Pillow image -> RGB, on white where it is transparent."""
-    if image.mode.startswith(("I", "F")):                           # Pillow would clip 16 bits
-        image = Image.fromarray(deep_to_uint8(np.asarray(image, np.float32)))
-    if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+H264 = {"crf": "18", "preset": "veryfast"}
+VP9 = {"crf": "28", "b": "0", "deadline": "realtime", "cpu-used": "7"}
+CONTAINERS = {".mp4": ("libx264", H264, "aac"), ".mov": ("libx264", H264, "aac"),
+              ".mkv": ("libx264", H264, "aac"), ".webm": ("libvpx-vp9", VP9, "libopus"),
+              ".gif": ("gif", {}, None)}                            # codecs of picture and sound
 
 
-def deep_to_uint8(x):
-    """Grey values (H, W) of more than 8 bits -> uint8, by the 16-bit scale if they fit it."""
-    sixteen_bits = x.min() >= 0 and 255 < x.max() <= 65535
-    low, high = (0, 65535) if sixteen_bits else (np.nanmin(x), np.nanmax(x))
-    unit = np.nan_to_num(np.clip((x - low) / max(high - low, 1e-9), 0, 1))
-    return np.uint8(255 * unit)
+def check_output(path):
+    """ValueError, before any work is done, for a name that no video can be written to."""
+    path = Path(path)
+    if path.suffix.lower() not in CONTAINERS:
+        raise ValueError(f"{path}: the name of a video ends in {', '.join(CONTAINERS)}")
+    real = Path(os.path.realpath(path))
+    try:
+        is_other = real.lstat() and not real.is_file()
+    except FileNotFoundError:
+        is_other = False
+    except OSError as error:                                        # such as: name too long
+        raise ValueError(f"cannot write to {path}: {error.strerror}") from None
+    if is_other or not os.access(real.parent, os.W_OK):
+        raise ValueError(f"cannot write to {path}")
 
 
-class Mp4Writer:
-    """H.264 and AAC, written as frames come, under a temporary name until close()."""
+class VideoWriter:
+    """Pictures and sound, written as frames come, under a temporary name until close().
 
-    def __init__(self, path, size, audio):
-        """audio (samples,) float32 at 16 kHz goes along, frame by frame: memory does not grow."""
-        self.path, self.audio, self.frames = Path(path), audio, 0
-        self.part = self.path.with_name(f".{self.path.stem}.{os.getpid()}.part.mp4")
-        self.container = av.open(str(self.part), "w", options={"movflags": "faststart"})
+    The name's ending is the container. Memory does not grow with the length."""
+
+    def __init__(self, path, size, sound):
+        """sound: a recording, whose own sound goes along, or float32 (samples,) at 16 kHz."""
+        check_output(path)
+        ending = Path(path).suffix.lower()
+        self.path, self.frames = Path(os.path.realpath(path)), 0    # a link stays a link
+        name = f".{self.path.stem[:40]}.{os.getpid()}.part{ending}"
+        self.part = self.path.with_name(name)
+        options = {"movflags": "faststart"} if ending in (".mp4", ".mov") else {}
+        self.container = av.open(f"file:{self.part}", "w", options=options)
         self.container.metadata["comment"] = MADE_BY
-        options = {"crf": "18", "preset": "veryfast"}
-        self.video = self.container.add_stream("libx264", FPS, options=options)
+        codec, options, sound_codec = CONTAINERS[ending]
+        self.video = self.container.add_stream(codec, FPS, options=options)
         self.video.width = self.video.height = size
-        self.video.pix_fmt = "yuv420p"
-        self.sound = self.container.add_stream("aac", SAMPLE_RATE, layout="mono")
-        self.sound.bit_rate = 64000
+        self.video.pix_fmt = "pal8" if ending == ".gif" else "yuv420p"
+        self.palette = palette_filter(size) if ending == ".gif" else None
+        self.sound = None
+        if sound_codec:
+            self.add_sound(sound, sound_codec)
+
+    def add_sound(self, sound, codec):
+        """The sound's own rate and channels, where the codec has them."""
+        if isinstance(sound, np.ndarray):
+            blocks = iter([(SAMPLE_RATE, "mono", sound[:, None])])
+        else:
+            blocks = known_layout(sound_blocks(Path(sound)))
+        first = next(blocks, (SAMPLE_RATE, "mono", np.zeros((0, 1), np.float32)))
+        self.rate, layout, _ = first
+        if self.rate not in av.Codec(codec, "w").audio_rates:
+            self.rate = 48000
+        if av.AudioLayout(layout).nb_channels > 2:                  # one that every player has
+            layout = "stereo"
+        self.sound = self.container.add_stream(codec, self.rate, layout=layout)
+        self.sound.bit_rate = 96000 * (1 + self.sound.channels)     # 192 or 288 kbit/s
+        self.blocks = resampled(chain([first], blocks), layout, self.rate)
+        self.held = np.zeros((0, self.sound.channels), np.float32)  # read, but not written yet
+        self.samples = 0                                            # written so far
 
     def write(self, frames):
         """frames uint8 (T, H, W, 3)"""
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))
+            picture.pts, picture.time_base = self.frames, Fraction(1, FPS)
+            if self.palette:
+                self.palette.push(picture)
+                picture = self.palette.pull()
+                picture.pts, picture.time_base = self.frames, Fraction(1, FPS)
             self.container.mux(self.video.encode(picture))
-            piece = self.audio[self.frames * HOP:(self.frames + 1) * HOP]
-            if len(piece):
-                piece = np.ascontiguousarray(piece[None], np.float32)
-                block = av.AudioFrame.from_ndarray(piece, "fltp", "mono")
-                block.sample_rate, block.pts = SAMPLE_RATE, self.frames * HOP
-                self.container.mux(self.sound.encode(block))
             self.frames += 1
+            if self.sound:
+                self.write_sound(round(self.frames * self.rate / FPS) - self.samples)
+
+    def write_sound(self, count):
+        """The next `count` samples, or what there is."""
+        while len(self.held) < count and (block := next(self.blocks, None)) is not None:
+            self.held = np.concatenate([self.held, block])
+        piece, self.held = self.held[:count], self.held[count:]
+        if len(piece):
+            packed = np.ascontiguousarray(piece).reshape(1, -1)
+            block = av.AudioFrame.from_ndarray(packed, "flt", self.sound.layout.name)
+            block.sample_rate, block.time_base = self.rate, Fraction(1, self.rate)
+            block.pts = self.samples
+            self.container.mux(self.sound.encode(block))
+            self.samples += len(piece)
 
     def close(self, keep=True):
         """keep=True leaves a playable file, also after Ctrl-C; keep=False leaves none."""
@@ -462,12 +561,28 @@ class Mp4Writer:
         try:
             if keep:
                 self.container.mux(self.video.encode(None))
-                self.container.mux(self.sound.encode(None))
+                if self.sound:
+                    self.container.mux(self.sound.encode(None))
             self.container.close()
             if keep:
                 os.replace(self.part, self.path)
         finally:
             self.part.unlink(missing_ok=True)
+
+
+def palette_filter(size):
+    """A graph of filters that gives every picture of a GIF 256 colours of its own."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=size, height=size, format="rgb24", time_base=Fraction(1, FPS))
+    split, use = graph.add("split"), graph.add("paletteuse", "new=1:dither=sierra2_4a")
+    colours, sink = graph.add("palettegen", "stats_mode=single"), graph.add("buffersink")
+    source.link_to(split)
+    split.link_to(use, 0, 0)
+    split.link_to(colours, 1, 0)
+    colours.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    return graph
 
 
 def write_mp4(path, frames, audio):

@@ -20,31 +20,34 @@ import json
 import signal
 import sys
 import tempfile
-import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import islice
+from math import ceil
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-FPS = 25                                        # frames a second
-SAMPLE_RATE = 16000                             # samples a second
-HOP = SAMPLE_RATE // FPS                        # samples a frame
+from media import (  # noqa: F401  other files take these constants from here
+    FORMATS,
+    FPS,
+    HOP,
+    PICTURES,
+    SAMPLE_RATE,
+    VIDEOS,
+    read_audio,
+    read_video,
+)
+
 FACE_BOX = 0.24, 0.18, 0.76, 0.88               # a face: x0 y0 x1 y1, shares of the side
-VIDEOS = {".mp4", ".mpg", ".mpeg", ".mov", ".avi", ".mkv", ".webm"}
-PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
-FORMATS = "JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF"   # for others Pillow starts programs
-MAX_PIXELS = 100_000_000                        # of a picture; more is damage or an attack
-MAX_GAP = 60                                    # seconds without a frame; more is damage
-warnings.filterwarnings("ignore", module=r"PIL\.")              # Pillow warns of odd EXIF data
+SIDECARS = {".json", ".npz", ".tsv", ".csv", ".txt", ".md"}    # of clips, or about a folder
 
 # ------------------------------------------------------------------------------------------- pixels
 
@@ -60,85 +63,6 @@ def to_uint8(video):
     return levels.permute(1, 2, 3, 0).cpu().numpy()
 
 # ------------------------------------------------------------------------------------------- a file
-
-
-def filtered(container, stream, *filters, begin=None):
-    """Yields the frames of a stream after ffmpeg's filters, (name, options) each.
-
-    The filters fill gaps between time stamps. begin: s; a gap may also be between it and the first
-    frame. ValueError for a damaged frame or a gap over MAX_GAP."""
-    video = stream.type == "video"
-    graph = av.filter.Graph()
-    stream.codec_context.thread_count = 1       # files are decoded in parallel instead
-    source = (graph.add_buffer if video else graph.add_abuffer)(template=stream)
-    sink = graph.add("buffersink" if video else "abuffersink")
-    graph.link_nodes(source, *(graph.add(*item) for item in filters), sink).configure()
-    last = begin
-    for frame in chain(container.decode(stream), [None]):       # None: flush the filters
-        if frame is not None:
-            timed = last is not None and frame.time is not None
-            if frame.is_corrupt or (timed and frame.time - last > MAX_GAP):
-                raise ValueError(f"damaged {stream.type} at {frame.time} s")
-            last = frame.time
-        graph.push(frame)
-        with suppress(BlockingIOError, EOFError):               # raised when the sink is empty
-            while True:
-                yield graph.pull()
-
-
-def read_picture(path):
-    """-> uint8 (H, W, 3). ValueError or one of Pillow's errors."""
-    with Image.open(path, formats=FORMATS) as picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-
-
-def read_video(path):
-    """Yields uint8 (H, W, 3) at 25 fps; a picture file yields one.
-
-    Frame i is what is on screen (i + 0.5) / 25 s after the first picture. Pixels are made square
-    and a rotated video is turned upright. ValueError, av's or Pillow's error for a bad file."""
-    if path.suffix.lower() in PICTURES:
-        yield read_picture(path)
-        return
-    with av.open(str(path)) as container:
-        stream = container.streams.best("video")
-        if stream is None:
-            raise ValueError("no video")
-        if stream.codec_context is None:
-            raise ValueError("no video of a known kind")
-        from_zero = "setpts", "PTS-STARTPTS"
-        at_25_fps = "fps", f"{FPS}:round=near"
-        square_pixels = "scale", f"iw*{stream.sample_aspect_ratio or 1}:ih"
-        count = 0
-        for frame in filtered(container, stream, from_zero, at_25_fps, square_pixels):
-            count += 1
-            quarter_turns = round((frame.rotation or 0) / 90)
-            yield np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
-        promised = float((stream.duration or 0) * stream.time_base)
-        if count / FPS < 0.9 * promised - 0.1:
-            raise ValueError(f"truncated: only {count / FPS:.2f} s can be decoded")
-
-
-def read_audio(path, samples):
-    """A video's sound from its first picture on -> int16 (samples,) at 16 kHz, or (0,) if silent.
-
-    Padded or cut to `samples`; a late start and gaps become silence."""
-    with av.open(str(path)) as container:
-        first_picture = next(container.decode(container.streams.best("video")))
-        zero = first_picture.time or 0.0
-    with av.open(str(path)) as container:
-        stream = container.streams.best("audio")
-        if stream is None or stream.codec_context is None:      # no sound, or of an unknown kind
-            return np.zeros(0, np.int16)
-        from_zero = "asetpts", f"PTS-{zero}/TB"
-        at_16_khz = "aresample", f"{SAMPLE_RATE}:async=1:first_pts=0"
-        mono = "aformat", "sample_fmts=s16:channel_layouts=mono"
-        blocks = filtered(container, stream, from_zero, at_16_khz, mono, begin=zero)
-        parts = [block.to_ndarray()[0] for block in blocks]
-    padded = np.concatenate([*parts, np.zeros(samples, np.int16)])
-    return padded[:samples if parts else 0]
 
 
 def square_crop(width, height, box=None):
@@ -198,33 +122,50 @@ def median_face(path, faces):
     return np.median(found, axis=0) if found else None
 
 
-def decode(path, size, parser=None, faces=None):
-    """Eq. 20: a file -> frames, audio, mask. Raises an error of some kind if it is bad.
+def find_crop(path, faces=None):
+    """Eq. 20: what is cut out of a file -> crop, box, sidecar.
 
-    frames uint8 (N, size, size, 3); audio int16 (640 N,), or (0,) if silent; mask uint8
-    (N, size/4, size/4). The crop is around the sidecar's face box, else around the face that
-    `faces` finds, else in the middle. A square file with a sidecar is not cropped."""
-    still = path.suffix.lower() in PICTURES
+    crop x0 y0 x1 y1 in pixels: around the sidecar's face box, else around the face that `faces`
+    finds, else in the middle; a square file with a sidecar is not cropped. box: the face in shares
+    of the crop's side. ValueError if there is no picture."""
     sidecar = sidecar_arrays(path)
     box = sidecar.get("box")
     if faces and not sidecar:
         box = median_face(path, faces)
-    crop, pixels = None, bytearray()
+    picture = next(read_video(path), None)
+    if picture is None:
+        raise ValueError("0 frames")
+    height, width = picture.shape[:2]
+    cropped_already = sidecar and width == height
+    crop = square_crop(width, height, None if cropped_already else box)
+    if box is None:
+        box = FACE_BOX
+    else:                                       # pixels -> shares of the square
+        box = [(v - crop[k % 2]) / (crop[2] - crop[0]) for k, v in enumerate(box)]
+    return crop, box, sidecar
+
+
+def read_squares(path, size, crop):
+    """Yields uint8 (size, size, 3), 25 a second: the crop of every picture."""
     for picture in read_video(path):
-        if crop is None:
-            height, width = picture.shape[:2]
-            cropped_already = sidecar and width == height
-            crop = square_crop(width, height, None if cropped_already else box)
         square = Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS, crop)
+        yield np.asarray(square)
+
+
+def decode(path, size, parser=None, faces=None):
+    """A file -> frames, audio, mask. Raises an error of some kind if it is bad.
+
+    frames uint8 (N, size, size, 3), cropped as find_crop says; audio int16 (640 N,), or (0,) if
+    silent; mask uint8 (N, size/4, size/4)."""
+    still = path.suffix.lower() in PICTURES
+    crop, box, sidecar = find_crop(path, faces)
+    pixels = bytearray()
+    for square in read_squares(path, size, crop):
         pixels += square.tobytes()
     frames = np.frombuffer(pixels, np.uint8).reshape(-1, size, size, 3)
     if len(frames) < (1 if still else 2):
         raise ValueError(f"{len(frames)} frames")
     audio = np.zeros(0, np.int16) if still else read_audio(path, len(frames) * HOP)
-    if box is None:
-        box = FACE_BOX
-    else:                                       # pixels -> shares of the square
-        box = [(v - crop[k % 2]) / (crop[2] - crop[0]) for k, v in enumerate(box)]
     return frames, audio, face_mask(frames, sidecar.get("mask"), box, parser)
 
 # ----------------------------------------------------------------------------------------- a folder
@@ -262,23 +203,57 @@ def save_arrays(store, arrays):
             new.rename(store)
 
 
-def decode_once(path, cache, size, parser=None, faces=None):
-    """The folder of a file's arrays in `cache`; new files, sidecars and settings are decoded."""
+def decode_once(path, cache, size, parser=None, faces=None, part=None):
+    """The folder of a file's arrays in `cache`; new files, sidecars and settings are decoded.
+
+    part: see divided."""
     files = [file for file in (path, path.with_suffix(".npz")) if file.exists()]
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     tools = [getattr(tool, "__qualname__", tool) for tool in (parser, faces)]
-    key = [1, str(path.resolve()), *stamps, size, *tools]
+    key = [1, str(path.resolve()), *stamps, size, *tools] + ([part] if part else [])
     store = cache / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     if not store.exists():
         frames, audio, mask = decode(path, size, parser, faces)
-        save_arrays(store, {"frames": frames, "audio": audio, "mask": mask})
+        keep = divided(len(frames), part) if part else slice(None)
+        sound = slice(*(HOP * end for end in (keep.start, keep.stop))) if part else keep
+        save_arrays(store, {"frames": frames[keep], "audio": audio[sound], "mask": mask[keep]})
     return store
+
+
+def divided(length, part):
+    """A lone clip of `length` frames -> the slice that is "train" or "val": its last fifth.
+
+    ValueError for the "val" of less than 10 s, all of which is "train"."""
+    if length < 10 * FPS:
+        if part == "val":
+            raise ValueError(f"{length / FPS:.1f} s of one person: too short to hold out its end")
+        return slice(0, length)
+    first = length - max(81, length // 5)       # the paper's chunk, at least
+    return slice(0, first) if part == "train" else slice(first, length)
+
+
+def is_first_process():
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def media_files(folder, endings):
     """The files with one of the endings that lie directly in a folder, by name."""
     visible = (path for path in folder.iterdir() if not path.name.startswith("."))
     return sorted(path for path in visible if path.suffix.lower() in endings)
+
+
+def note_unread(folder):
+    """Say in one line what lies in a folder and is not read. Sidecars and hidden files are used."""
+    known = VIDEOS | PICTURES | SIDECARS
+    others = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    folders = sum(path.is_dir() for path in others)
+    endings = Counter(p.suffix.lower() for p in others if p.is_file())
+    unread = [f"{ending or 'no ending'} {n}" for ending, n in endings.items()
+              if ending not in known]
+    if folders:
+        unread.append(f"folders {folders}")
+    if unread:
+        print(f"note: not read in {folder}: {', '.join(unread)}", file=sys.stderr)
 
 
 def read_split(table):
@@ -299,20 +274,31 @@ def read_split(table):
         raise ValueError(f"{table} needs {form}") from error
 
 
+def split_table(folder):
+    """The file that divides a folder, or None. GRID has it in the parent."""
+    tables = folder / "split.json", folder / "split.tsv", folder.parent / "split.tsv"
+    return next(filter(Path.exists, tables), None)
+
+
 def split_of(folder, identities):
     """{path: identity} of a folder's files -> {path: "train", "val" or None}.
 
-    As split.json or split.tsv says (the latter may be in the parent, as GRID has it). Without them
-    by a hash of the identity: 5 % of the people, at least 1 of 2, are "val"."""
-    tables = folder / "split.json", folder / "split.tsv", folder.parent / "split.tsv"
-    table = next(filter(Path.exists, tables), None)
+    As split.json or split.tsv says. Without them by a hash of the identity: 5 % of the people, at
+    least 1 of 2, are "val". Of one person these are the last clips by name: 5 % of them, at least
+    1 of 2. A lone clip is "divided" in time."""
+    table = split_table(folder)
     if table is not None:
         split = read_split(table)
         return {path: split.get(path.stem) for path in identities}
     rank = {}                                   # of each identity, in [0, 1)
     for name in identities.values():
         rank[name] = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2 ** 32
-    bound = max(0.05, min(rank.values())) if len(rank) > 1 else 0.0
+    if len(rank) <= 1:
+        videos = sorted(path for path in identities if path.suffix.lower() in VIDEOS)
+        last = videos[-ceil(0.05 * len(videos)):] if videos else []
+        part = "divided" if len(videos) == 1 else "val"
+        return {path: part if path in last else "train" for path in identities}
+    bound = max(0.05, min(rank.values()))
     return {path: "val" if rank[name] <= bound else "train" for path, name in identities.items()}
 
 
@@ -337,15 +323,22 @@ class ClipFolder:
             store = Path(cache or folder / f".cache-{size}")
             store.mkdir(parents=True, exist_ok=True)
             for path, identity in identities.items():
-                if split in ("all", parts[path]):
-                    jobs.append((path, identity, store))
+                if split in ("all", parts[path]) or parts[path] == "divided":
+                    in_time = parts[path] == "divided" and split != "all"
+                    jobs.append((path, identity, store, split if in_time else None))
                 elif not parts[path]:
                     self.skipped.append((path.name, "in no split"))
+            if is_first_process() and split != "val":
+                note_unread(folder)
+            one_person = len(set(identities.values())) == 1 and split_table(folder) is None
+            if is_first_process() and split == "val" and one_person:
+                print(f"note: {folder} shows one person: the end is held out for validation",
+                      file=sys.stderr)
 
         def load(job):
-            path, identity, store = job
+            path, identity, store, part = job
             try:
-                store = decode_once(path, store, size, parser, faces)
+                store = decode_once(path, store, size, parser, faces, part)
                 length = len(np.load(store / "mask.npy", mmap_mode="r"))
                 clip = Clip(path.stem, identity, path, store, length)
                 if need_audio and path.suffix.lower() in VIDEOS and not len(clip.audio):
@@ -361,6 +354,11 @@ class ClipFolder:
         if not self.clips:
             names = " ".join(map(str, folders))
             raise ValueError(f"no {split} clip in {names}; skipped: {self.skipped[:3]}")
+        if self.skipped and is_first_process():
+            name, why = self.skipped[0]
+            total = len(self.skipped) + len(self.clips)
+            print(f"note: {len(self.skipped)} of {total} files skipped: {name} ({why})"
+                  + ", ..." * (len(self.skipped) > 1), file=sys.stderr)
 
     def report(self):
         """One line of totals and one for every skipped file."""
@@ -538,7 +536,8 @@ class Config:
 
 def main(argv=None):
     cfg = tyro.cli(Config, args=argv, description=__doc__)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # kill is Ctrl-C
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):       # kill is Ctrl-C
+        signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         if not cfg.folders:
             raise ValueError("name one or more folders of clips")

@@ -67,8 +67,10 @@ from common import (
     make_adamw,
     one_line_errors,
     parse_args,
+    run_folder,
     save_checkpoint,
     save_image,
+    say,
     select_device,
     shard,
     trim_log,
@@ -103,6 +105,7 @@ class Files:
     run_dir: Path = Path("runs/student")    # checkpoint, log, samples
     out: Path | None = None                 # the finished folder of weights [RUN_DIR/weights]
     resume: bool = False                    # continue from the checkpoint in RUN_DIR
+    overwrite: bool = False                 # replace the run that RUN_DIR holds
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
 
 
@@ -668,14 +671,14 @@ def run(files, cfg, **tricks):
     out = export(files, state.ema, cfg)
     loss = np.mean(losses[-50:] or [np.nan])
     student_updates = sum(is_student_step(step, cfg) for step in range(cfg.steps))
-    print(f"critic_updates: {cfg.steps}\nstudent_updates: {student_updates}\n"
-          f"critic_loss: {loss:.4f}\nweights: {out / 'student.safetensors'}")
+    say(f"critic_updates: {cfg.steps}\nstudent_updates: {student_updates}\n"
+        f"critic_loss: {loss:.4f}\nweights: {out / 'student.safetensors'}")
 
 
 def main(argv=None):
     files, cfg = parse_args(__doc__, Files, PRESETS, argv)
     stopped = "stopped; --resume continues from the last checkpoint"
-    with one_line_errors("distill_student.py", stopped):
+    with one_line_errors("distill_student.py", stopped), run_folder(files):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         run(files, cfg)
 

@@ -37,7 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import infer
-from common import Mp4Writer, one_line_errors, peak_memory, write_json
+from common import VideoWriter, one_line_errors, peak_memory, say, write_json
 from data import FPS, HOP, PICTURES, VIDEOS, media_files, sidecar_text, split_of, to_tensor
 from measure import landmarks, pixels, report, rulers, sync, video
 from measure.rulers import Item
@@ -164,7 +164,7 @@ def make_video(models, path, picture, sound, seed, options):
     began = time.perf_counter()
     latency = None
     keep = False
-    writer = Mp4Writer(path, models.size, sound)
+    writer = VideoWriter(path, models.size, sound)
     guidance = options.guidance if models.network == "teacher" else None
     try:
         image = to_tensor(picture[None])[:, :, 0]           # (1, 3, H, W)
@@ -295,7 +295,8 @@ def run(options, argv):
         media_files(options.real, VIDEOS))
     if not paths:
         raise ValueError(f"no video in {options.real}" if options.real else
-                         f"no held-out video in {options.data}")
+                         f"no held-out video in {options.data}: name some in its split.json, "
+                         '{"train": [names], "val": [names]}')
     folders = options.generated or generate(options, paths, tools.notes)
     systems = list_systems(folders, paths, options)
     results.groups = {rulers.people_of(items) for items in systems.values()}
@@ -305,10 +306,10 @@ def run(options, argv):
     found = {"command": shlex.join(["python", "evaluate.py", *argv]), "commit": report.commit(),
              "seed": options.seed, "machine": machine, **summaries, "notes": notes}
     report.write(options.out, found, segment_rows, video_rows, results.tiles)
-    print(report.markdown(found))
-    print(f"report: {options.out / 'report.md'}\nvideos: {len(video_rows)}\n"
-          f"systems: {' '.join(systems)}\nminutes: {(time.perf_counter() - began) / 60:.1f}\n"
-          f"peak_memory: {peak_memory()}")
+    say(report.markdown(found))
+    say(f"report: {options.out / 'report.md'}\nvideos: {len(video_rows)}\n"
+        f"systems: {' '.join(systems)}\nminutes: {(time.perf_counter() - began) / 60:.1f}\n"
+        f"peak_memory: {peak_memory()}")
 
 
 def check(options):

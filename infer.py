@@ -234,7 +234,7 @@ FromWeights = tyro.conf.arg(metavar="NUMBER", help_behavior_hint="(default: as i
 class Options:
     image: Path                         # portrait (jpg, png, webp ...): one face that looks ahead
     audio: Path                         # recording (wav, flac, mp3, ogg, m4a, mp4 ...)
-    out: Path = Path("talking.mp4")     # video to write (H.264 and AAC), as long as the recording
+    out: Path = Path("talking.mp4")     # video to write: .mp4 .mov .mkv .webm or (silent) .gif
     weights: Path = Path(__file__).parent / "weights/tiny"          # folder with config.json
     network: Literal["student", "teacher"] = "student"              # which one makes the video
     steps: Annotated[int | None, FromWeights] = None                # denoising steps of a chunk
@@ -250,11 +250,11 @@ class Options:
 def prepare(options):
     """Flags -> (models, image, audio). Notes on stderr; ValueError for an impossible --out."""
     out = options.out
-    audio = load_audio(options.audio)
-    if not os.access(out.parent, os.W_OK) or out.exists() and not out.is_file():
-        raise ValueError(f"cannot write to {out}")
-    if out.resolve() in (options.audio.resolve(), options.image.resolve()):
+    if os.path.realpath(out) in map(os.path.realpath, (options.audio, options.image)):
         raise ValueError(f"{out} is one of the inputs: choose another --out")
+    common.check_output(out)
+    common.load_image(options.image, 16)                            # a bad one ends it before load
+    audio = load_audio(options.audio)
     models = load(options.weights, options.network, options.device, options.dtype)
     check_options(models, options.seed, options.steps, options.guidance, options.continuity_mode)
     image = common.load_image(options.image, models.size)
@@ -274,7 +274,8 @@ def run(options):
     clock = common.Stopwatch()
     pieces = generate(models, image, audio, options.seed, options.steps, options.guidance,
                       options.continuity_mode, clock)
-    writer = common.Mp4Writer(options.out, models.size, audio)
+    is_pipe = not options.audio.is_file()                           # which can be read once
+    writer = common.VideoWriter(options.out, models.size, audio if is_pipe else options.audio)
     try:
         with tqdm(total=-(-len(audio) // HOP), unit="frame", disable=None) as bar:
             for frames in pieces:
@@ -289,13 +290,14 @@ def run(options):
     with clock("write"):
         writer.close()
     seconds = time.perf_counter() - ready
-    print(f"video: {options.out}\nframes: {writer.frames}\nseconds: {writer.frames / FPS:.2f}")
-    print(f"frames_per_second: {writer.frames / seconds:.1f}")
+    common.say(f"video: {options.out}\nframes: {writer.frames}\n"
+               f"seconds: {writer.frames / FPS:.2f}\n"
+               f"frames_per_second: {writer.frames / seconds:.1f}")
     if options.bench:
         for stage, spent in clock.items():
-            print(f"{stage}_seconds: {spent:.2f}\n{stage}_share: {spent / seconds:.3f}")
-        print(f"load_seconds: {ready - began:.2f}\nfirst_frame_seconds: {first:.2f}")
-        print(f"peak_memory: {common.peak_memory()}")
+            common.say(f"{stage}_seconds: {spent:.2f}\n{stage}_share: {spent / seconds:.3f}")
+        common.say(f"load_seconds: {ready - began:.2f}\nfirst_frame_seconds: {first:.2f}\n"
+                   f"peak_memory: {common.peak_memory()}")
 
 
 def main(argv=None):

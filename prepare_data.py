@@ -19,6 +19,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,18 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from common import one_line_errors, write_aside, write_mp4
-from data import FPS, HOP, VIDEOS, decode, media_files, sidecar_text
+from common import one_line_errors, say, write_aside, write_mp4
+from data import (
+    FPS,
+    HOP,
+    VIDEOS,
+    find_crop,
+    media_files,
+    note_unread,
+    read_audio,
+    read_squares,
+    sidecar_text,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ COLUMNS = ["clip", "source", "start", *(name[4:] for name in CONDITIONS), "reaso
 
 
 def small_grey(frames, side):
-    """uint8 (N, H, W, 3) -> grey levels 0 to 255, float32 (N, side, side)"""
+    """uint8 (H, W, 3) each -> grey levels 0 to 255, float32 (N, side, side)"""
     grey = [Image.fromarray(f).convert("L") for f in frames]
     small = [g.resize((side, side), Image.Resampling.BOX) for g in grey]
     return np.stack([np.asarray(s, np.float32) for s in small])
@@ -208,40 +219,58 @@ def write_report(path, rows):
         table.writerows(rows)
 
 
+def look_through(path, size, faces):
+    """One pass of a video -> crop, grey float32 (N, 16, 16), audio int16 (640 N,).
+
+    Errors of some kind for a bad file. No picture is kept: an hour takes 90 MB, and as much for
+    its sound."""
+    crop, *_ = find_crop(path, faces)
+    grey = [small_grey([square], 16)[0] for square in read_squares(path, size, crop)]
+    audio = read_audio(path, len(grey) * HOP)
+    if len(grey) < 2 or not len(audio):
+        raise ValueError("no audio" if len(grey) > 1 else f"{len(grey)} frames")
+    return crop, np.stack(grey), audio
+
+
+def prepare_video(path, name, cfg, kept, faces, sync_score):
+    """Eq. 19 to 22 for one video, scene by scene -> the rows of its scenes."""
+    try:
+        crop, grey, audio = look_through(path, cfg.size, faces)                 # Eq. 20
+    except Exception as error:              # a decoder can raise anything for a damaged file
+        reason = f"unreadable: {error!r}"
+        return [{"clip": name, "source": path.name, "reason": reason}]
+    source, h = sidecar_text(path, "source", ""), visual_hash(grey)
+    copy_of = first_copy(source, h, kept, cfg.alike)                            # Eq. 19
+    squares, rows = read_squares(path, cfg.size, crop), []
+    for k, (first, end) in enumerate(scenes_of(grey, cfg.cut, cfg.longest * FPS)):
+        clip, start = f"{name}_{k:03d}", first / FPS
+        scene = np.stack(list(islice(squares, end - first)))
+        sound = audio[first * HOP:end * HOP]
+        boxes = [faces(frame) for frame in scene[::5]] if faces else []         # 5 times a second
+        figures, reasons = judge(scene, sound, boxes, cfg, copy_of, sync_score)
+        row = {"clip": clip, "source": path.name, "start": start, "reason": "; ".join(reasons)}
+        rows.append(row | figures)
+        if not reasons:
+            kept[path.name] = source, h
+            about = {"identity": sidecar_text(path, "identity", path.stem),
+                     "video": source or path.stem, "start": start}
+            write_clip(cfg.clips / clip, scene, sound, boxes, about)
+    return rows
+
+
 def prepare(cfg, sync_score=None):
     """Eq. 18 to 22: the videos of cfg.raw -> good clips and report.csv in cfg.clips.
 
     sync_score: function (frames, sound float32) -> (Sync-C, Sync-D). Returns the report's rows;
-    the "reason" of a kept clip is empty."""
+    the "reason" of a kept clip is empty. One scene is in memory at a time."""
     files = media_files(cfg.raw, VIDEOS)                                        # Eq. 18
     check(cfg, files)
+    note_unread(cfg.raw)
     cfg.clips.mkdir(parents=True, exist_ok=True)
     faces, names = face_detector(), clip_names(files)
     rows, kept = [], {}                     # kept: file name -> source id, visual hash
     for path in tqdm(files, "preparing", unit="video", disable=None):
-        try:
-            frames, audio, _ = decode(path, cfg.size, faces=faces)              # Eq. 20
-            if not len(audio):
-                raise ValueError("no audio")
-        except Exception as error:          # a decoder can raise anything for a damaged file
-            reason = f"unreadable: {error!r}"
-            rows.append({"clip": names[path], "source": path.name, "reason": reason})
-            continue
-        grey, source = small_grey(frames, 16), sidecar_text(path, "source", "")
-        h = visual_hash(grey)
-        copy_of = first_copy(source, h, kept, cfg.alike)                        # Eq. 19
-        for k, (first, end) in enumerate(scenes_of(grey, cfg.cut, cfg.longest * FPS)):
-            name, start = f"{names[path]}_{k:03d}", first / FPS
-            scene, sound = frames[first:end], audio[first * HOP:end * HOP]
-            boxes = [faces(frame) for frame in scene[::5]] if faces else []     # 5 times a second
-            figures, reasons = judge(scene, sound, boxes, cfg, copy_of, sync_score)
-            row = {"clip": name, "source": path.name, "start": start, "reason": "; ".join(reasons)}
-            rows.append(row | figures)
-            if not reasons:
-                kept[path.name] = source, h
-                about = {"identity": sidecar_text(path, "identity", path.stem),
-                         "video": source or path.stem, "start": start}
-                write_clip(cfg.clips / name, scene, sound, boxes, about)
+        rows += prepare_video(path, names[path], cfg, kept, faces, sync_score)
     write_aside(cfg.clips / "report.csv", lambda part: write_report(part, rows))
     return rows
 
@@ -257,10 +286,10 @@ def main(argv=None):
             sync_score = sync.syncnet_scorer(cfg.syncnet)
         rows = prepare(cfg, sync_score)
         kept = [row["seconds"] for row in rows if not row["reason"]]
-        print(f"clips kept: {len(kept)} of {len(rows)}  minutes: {sum(kept) / 60:.1f}")
+        say(f"clips kept: {len(kept)} of {len(rows)}  minutes: {sum(kept) / 60:.1f}")
         reasons = [reason for row in rows if row["reason"] for reason in row["reason"].split("; ")]
         count = Counter(reason.split()[0] for reason in reasons).most_common()
-        print("rejected:", "  ".join(f"{word} {n}" for word, n in count) or "none")
+        say("rejected: " + ("  ".join(f"{word} {n}" for word, n in count) or "none"))
 
 
 if __name__ == "__main__":

@@ -57,8 +57,10 @@ from common import (
     make_adamw,
     one_line_errors,
     parse_args,
+    run_folder,
     save_checkpoint,
     save_image,
+    say,
     select_device,
     shard,
     trim_log,
@@ -88,6 +90,7 @@ class Files:
     run_dir: Path = Path("runs/teacher")    # checkpoint, log, samples; chunks: its ../cache
     out: Path | None = None                 # the finished folder of weights [RUN_DIR/weights]
     resume: bool = False                    # continue from the checkpoint in RUN_DIR
+    overwrite: bool = False                 # replace the run that RUN_DIR holds
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
 
 
@@ -456,6 +459,8 @@ def check(cfg, world):
     if T % 4 != 1 or n % 4 != 1 or not 1 <= n < T - 3:
         raise ValueError(f"--frames {T} and --continuity-frames {n} must be 4k + 1 and leave "
                          "latents to generate")
+    if cfg.steps < 1:
+        raise ValueError(f"--steps {cfg.steps} must be 1 or more")
     if min(cfg.batch, cfg.micro_batch) < 1 or cfg.batch % (cfg.micro_batch * world):
         raise ValueError(f"--batch {cfg.batch} is not a multiple of --micro-batch "
                          f"{cfg.micro_batch} x {world} processes")
@@ -463,7 +468,7 @@ def check(cfg, world):
         if not 0 <= getattr(cfg, name) <= 1:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(cfg, name)} must be between 0 and 1")
-    for name in ("lr", "weight_decay", "lambda_temp", "lambda_face", "steps", "timestep_shift"):
+    for name in ("lr", "weight_decay", "lambda_temp", "lambda_face", "timestep_shift"):
         if not 0 <= getattr(cfg, name) < np.inf:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(cfg, name)} must be 0 or more, and finite")
@@ -523,7 +528,7 @@ def export(files, config, model, ema, cfg, **more):
 def main(argv=None):
     files, cfg = parse_args(__doc__, Files, PRESETS, argv)
     stopped = "stopped; --resume continues from the last checkpoint"
-    with one_line_errors("train_teacher.py", stopped):
+    with one_line_errors("train_teacher.py", stopped), run_folder(files):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         device, _ = select_device(files.device)
         rank, world = init_distributed(device)
@@ -543,7 +548,7 @@ def main(argv=None):
                               files.resume, device, rank, world)
         out = export(files, config, model, state.ema, cfg)
         loss = np.mean(losses[-50:] or [np.nan])
-        print(f"steps: {cfg.steps}\nloss: {loss:.4f}\nweights: {out / 'teacher.safetensors'}")
+        say(f"steps: {cfg.steps}\nloss: {loss:.4f}\nweights: {out / 'teacher.safetensors'}")
 
 
 if __name__ == "__main__":

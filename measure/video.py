@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from common import Mp4Writer
+from common import VideoWriter
 from data import FPS, HOP, read_audio, read_video, square_crop, to_tensor, to_uint8
 from measure.pixels import phones_of
 
@@ -149,7 +149,7 @@ def as_written(frames, size):
     which counts as a quarter more sharpness."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
-        writer = Mp4Writer(path, size, np.zeros(0, np.float32))
+        writer = VideoWriter(path, size, np.zeros(0, np.float32))
         writer.write(frames)
         writer.close()
         yield from squares(path, size)

@@ -1,9 +1,11 @@
 """Properties of audio.py: features are causal, sound keeps its time, each latent gets its frames.
 
 Also of tiny/whisper.py, which audio.AudioEncoder loads for the small preset."""
+import io
 import json
 import shutil
 import socket
+import struct
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from av.stream import Disposition
 from PIL import Image
 
 import audio
@@ -99,10 +102,165 @@ def test_what_16_khz_cannot_hold_is_removed(tmp_path):
     assert np.abs(load_audio(tmp_path / "high.wav")[1000:-1000]).max() < 0.005
 
 
-def test_a_sound_track_that_starts_late_stays_late(tmp_path):
-    """Property: sound is counted from the file's time 0, so that lips and sound share one clock."""
-    write_m4a(tmp_path / "late.m4a", tone_and_click(16000, 1), 16000, late=0.5)
-    assert abs(loudest(load_audio(tmp_path / "late.m4a"), 1.5) - 1.75) <= 0.001
+def write_video(path, sound_start, picture_start=0.0, seconds=2):
+    """Dark pictures and the tone and click, each on its own clock."""
+    with av.open(str(path), "w") as file:
+        picture, voice = file.add_stream("mpeg4", rate=25), file.add_stream("aac", rate=16000)
+        picture.width = picture.height = 16
+        for i in range(25 * seconds):
+            frame = av.VideoFrame(16, 16, "yuv420p")
+            frame.pts, frame.time_base = i + round(25 * picture_start), Fraction(1, 25)
+            file.mux(picture.encode(frame))
+        file.mux(picture.encode(None))
+        sound = np.ascontiguousarray(np.resize(tone_and_click(16000, 1).T, (2, 24000)))
+        frame = av.AudioFrame.from_ndarray(sound, "fltp", "stereo")
+        frame.sample_rate, frame.time_base = 16000, Fraction(1, 16000)
+        frame.pts = round(sound_start * 16000)
+        for part in av.AudioResampler("fltp", frame_size=1024).resample(frame):
+            file.mux(voice.encode(part))
+        file.mux(voice.encode(None))
+    return path
+
+
+def test_sound_is_as_late_as_its_picture_says(tmp_path):
+    """Property: times are counted from the first picture, so that lips and sound share one clock.
+
+    Sound before it is kept: it is speech. Sound without a picture begins at once, whatever its
+    clock says: a piece of a broadcast, a part cut out of a recording."""
+    for sound, picture, click in ((0.5, 0, 1.75), (7.5, 7.0, 1.75), (0.0, 0.4, 1.25)):
+        path = write_video(tmp_path / "late.mkv", sound, picture)
+        assert abs(loudest(load_audio(path), 1.1) - click) <= 0.002
+    for late in (0.5, 0):                       # 64 ms are the encoder's, which this file keeps
+        write_m4a(tmp_path / "late.m4a", tone_and_click(16000, 1), 16000, late)
+        assert abs(loudest(load_audio(tmp_path / "late.m4a"), 1.1) - 1.25) <= 0.0645
+    for kind in ("mka", "ts"):
+        path = tmp_path / f"late.{kind}"
+        with av.open(str(tmp_path / "late.m4a")) as old, av.open(str(path), "w") as new:
+            track = old.streams.audio[0]
+            copy = new.add_stream_from_template(track)
+            for packet in old.demux(track):
+                if packet.dts is not None:
+                    packet.pts += round(90 / packet.time_base)
+                    packet.dts, packet.stream = packet.pts, copy
+                    new.mux(packet)
+        assert abs(loudest(load_audio(path), 1.1) - 1.25) <= 0.0645
+
+
+def as_bytes(wave, kind, rate=16000, **options):
+    soundfile.write(file := io.BytesIO(), wave, rate, format=kind, **options)
+    return file.getvalue()
+
+
+def tone(hertz, seconds=1.2, rate=16000):
+    return (0.4 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+            ).astype(np.float32)
+
+
+def unbelievable_files():
+    """Files whose header does not give their length -> {name: (bytes, seconds, tolerance)}"""
+    first, second = tone(440), tone(880)
+    wav, flac = bytearray(as_bytes(first, "WAV")), bytearray(as_bytes(first, "FLAC"))
+    at = wav.find(b"data") + 4
+    files = {}
+    for size in (0, 0xFFFFFFFF):                # what programs write that do not know it yet
+        wav[4:8] = wav[at:at + 4] = struct.pack("<I", size)
+        files[f"size {size}.wav"] = bytes(wav), 1.2, 0
+    flac[21] &= 0xF0
+    flac[22:26] = bytes(4)                      # samples in all: unknown
+    files["pipe.flac"] = bytes(flac), 1.2, 0
+    with av.open(file := io.BytesIO(), "w", format="mp3", options={"write_xing": "0"}) as out:
+        stream = out.add_stream("libmp3lame", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone(440, 3)[None], "fltp", "mono")
+        frame.sample_rate = 16000
+        out.mux(stream.encode(frame) + stream.encode())
+    files["no header.mp3"] = file.getvalue(), 3, 0.072                  # two blocks
+    files["joined.mp3"] = as_bytes(first, "MP3") + as_bytes(second, "MP3"), 2.4, 0.18
+    vorbis = [as_bytes(wave, "OGG") for wave in (first, second)]
+    files["joined.ogg"] = b"".join(vorbis), 2.4, 0.02
+    other = as_bytes(tone(880, rate=24000), "OGG", 24000, subtype="OPUS")
+    files["joined opus.ogg"] = as_bytes(first, "OGG", subtype="OPUS") + other, 2.4, 0.02
+    return files
+
+
+def test_a_length_is_read_not_believed(tmp_path):
+    """Property: a recording is read to its end, whatever its header claims, and begins at once.
+
+    Streams, pipes and joined files have headers that know nothing, or only of the first part."""
+    for name, (file, seconds, tolerance) in unbelievable_files().items():
+        (tmp_path / name).write_bytes(file)
+        wave = load_audio(tmp_path / name)
+        assert 0 <= len(wave) / SAMPLE_RATE - seconds + 0.02 <= tolerance + 0.02, name
+        assert np.abs(wave[:320]).max() > 0.2 and np.abs(wave[-1600:]).max() > 0.1, name
+        if "joined" in name:
+            halves = [np.abs(np.fft.rfft(half[:16000])) for half in (wave, wave[-16000:])]
+            assert abs(halves[0].argmax() - 440) <= 1 and abs(halves[1].argmax() - 880) <= 8, name
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000, 96000])
+def test_a_video_has_as_many_frames_as_its_recording_needs(tmp_path, rate):
+    """Property: samples at 16 kHz are 16000 x seconds, rounded up: not one more or less.
+
+    So there are ceil(25 x seconds) frames: 1 for a millisecond, 30 for 1.2 s."""
+    for samples in (1, rate // 1000, rate * 6 // 5, rate * 6 // 5 + 1):
+        soundfile.write(tmp_path / "a.wav", tone(440, samples / rate, rate), rate)
+        assert len(load_audio(tmp_path / "a.wav")) == -(-samples * SAMPLE_RATE // rate)
+
+
+def test_channels_that_cancel_are_not_mixed(tmp_path):
+    """Property: the mix is FFmpeg's, but of channels that cancel each other one is taken.
+
+    A balanced microphone plugged in wrongly: the right channel is minus the left one."""
+    voice, other = tone(440), tone(660)
+    noisy = 0.02 * other - 1.01 * voice
+    for name, channels, expected in (("stereo", (voice, other), (voice + other) / 2),
+                                     ("left", (voice, 0 * voice), voice / 2),
+                                     ("wrong", (0.9 * voice, -voice), -voice),
+                                     ("wrong, with noise", (voice, noisy), noisy),
+                                     ("six microphones", [voice] * 6, voice)):
+        path = tmp_path / f"{name}.flac"
+        soundfile.write(path, np.stack(channels, 1), 16000, subtype="PCM_24")
+        np.testing.assert_allclose(load_audio(path), expected, atol=0.02, err_msg=name)
+
+
+def two_tracks(path, default):
+    """A tone of 440 Hz and one of 880 Hz in two tracks."""
+    with av.open(str(path), "w") as out:
+        tracks = [out.add_stream("pcm_s16le", rate=16000, layout="mono") for _ in range(2)]
+        tracks[1 - default].disposition = Disposition.original
+        tracks[default].disposition = Disposition.default
+        for track, hertz in zip(tracks, (440, 880), strict=True):
+            frame = av.AudioFrame.from_ndarray(tone(hertz)[None], "fltp", "mono")
+            frame.sample_rate = 16000
+            out.mux(track.encode(frame) + track.encode())
+    return path
+
+
+def test_the_default_track_is_taken(tmp_path):
+    """Property: of several tracks the one that players take, as in data.py: it is one reader."""
+    for default in (0, 1):
+        path = two_tracks(tmp_path / "a.mka", default)
+        assert abs(pitch(load_audio(path)) - (440, 880)[default]) < 1
+    broken = two_tracks(tmp_path / "b.mka", 1).read_bytes()
+    at = broken.rfind(b"A_PCM/INT/LIT")
+    (tmp_path / "b.mka").write_bytes(broken[:at] + b"A_NOT/INT/LIT" + broken[at + 13:])
+    assert abs(pitch(load_audio(tmp_path / "b.mka")) - 440) < 1         # it cannot be played
+
+
+def test_tags_names_and_covers_do_not_matter(tmp_path):
+    """Property: a tag that is no UTF-8, a colon in a name, an album cover change nothing."""
+    wave = tone(440)
+    with av.open(str(tmp_path / "a.mp3"), "w", metadata_encoding="latin-1") as out:
+        out.metadata["title"] = "\u00fcber"
+        voice = out.add_stream("libmp3lame", rate=16000, layout="mono")
+        cover = out.add_stream("png", width=16, height=16, pix_fmt="rgb24")
+        cover.disposition = Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(wave[None], "fltp", "mono")
+        frame.sample_rate = 16000
+        packets = cover.encode(av.VideoFrame(16, 16, "rgb24")) + cover.encode()
+        out.mux(packets + voice.encode(frame) + voice.encode())
+    assert abs(len(load_audio(tmp_path / "a.mp3")) - len(wave)) < 160
+    soundfile.write(tmp_path / "take 1: hello.wav", wave, 16000)
+    assert len(load_audio(tmp_path / "take 1: hello.wav")) == len(wave)
 
 
 def bad_files(folder):

@@ -3,8 +3,10 @@
 What a resumed training run needs of it is in test_train_teacher.py."""
 import importlib
 import json
+import os
 import re
 import signal
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +14,13 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+import soundfile
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors import safe_open
 
 import common
-from data import HOP, SAMPLE_RATE
+from media import HOP, SAMPLE_RATE, read_video, sound_blocks
 
 # -------------------------------------------------------------------------------------------- files
 
@@ -162,6 +165,57 @@ def test_one_process_needs_no_group():
     assert common.shard(model, "cpu", 1) is model
 
 
+def folder_of(run, resume=False, overwrite=False):
+    return common.run_folder(SimpleNamespace(run_dir=run, resume=resume, overwrite=overwrite))
+
+
+def test_a_forgotten_flag_costs_no_run(tmp_path):
+    """Property: a folder that holds a run is refused, continued or replaced: the user says which.
+
+    A run that made nothing leaves no folder."""
+    run = tmp_path / "runs" / "a"
+    with pytest.raises(ValueError, match="typing error"), folder_of(run):
+        raise ValueError("typing error")
+    assert not list(tmp_path.iterdir())
+    with folder_of(run):
+        common.log(run / "log.jsonl", {"step": 0})
+        (run / "checkpoint.safetensors").write_bytes(b"hours of work")
+    with pytest.raises(ValueError, match="holds a run .*--resume .*--overwrite"), folder_of(run):
+        raise AssertionError
+    with folder_of(run, resume=True):
+        assert (run / "checkpoint.safetensors").read_bytes() == b"hours of work"
+    with pytest.raises(ValueError, match="not both"), folder_of(run, True, True):
+        raise AssertionError
+    with folder_of(run, overwrite=True):
+        assert not list(run.iterdir())
+
+
+@pytest.mark.skipif(common.fcntl is None, reason="no locks on Windows")
+def test_two_programs_do_not_share_a_run(tmp_path):
+    """Property: the second is refused while the first runs, and welcome after it, even a killed one
+    (the lock is the system's, not a file that stays behind)."""
+    with folder_of(tmp_path):
+        with pytest.raises(ValueError, match="another process"), folder_of(tmp_path, resume=True):
+            raise AssertionError
+    with folder_of(tmp_path, resume=True):
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_umask_decides_who_may_read(tmp_path):
+    """Property: colleagues can read weights, checkpoints and logs where the system allows it."""
+    before = os.umask(0o027)
+    try:
+        common.write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1)}, {})
+        common.write_json(tmp_path / "a.json", {})
+        writer = common.VideoWriter(tmp_path / "a.mp4", 32, clip(1)[1])
+        writer.write(clip(1)[0])
+        writer.close()
+    finally:
+        assert os.umask(before) == 0o027
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
 def test_a_checkpoint_fits_its_own_options_only(tmp_path):
     """Property: a run resumes with the options it was made with, those apart that may change."""
     cfg = Config()
@@ -174,6 +228,8 @@ def test_a_checkpoint_fits_its_own_options_only(tmp_path):
     assert common.load_checkpoint(path, tensors, longer, ("steps",), data="abc") == 7
     with pytest.raises(ValueError, match="steps 10 -> 20"):
         common.load_checkpoint(path, tensors, longer, (), data="abc")
+    with pytest.raises(ValueError, match="has made 7 steps already: --steps 5"):
+        common.load_checkpoint(path, tensors, replace(cfg, steps=5), ("steps",), data="abc")
     with pytest.raises(ValueError, match="data abc -> xyz"):
         common.load_checkpoint(path, tensors, cfg, (), data="xyz")
 
@@ -224,21 +280,45 @@ def test_a_mistyped_flag_is_an_error(arguments, capsys):
 
 
 def test_bad_input_is_one_line_and_a_stop_is_another(capsys):
-    """Property: exit codes are 2 for bad input and 130 for Ctrl-C and kill; a bug keeps its
-    traceback."""
-    handler = signal.getsignal(signal.SIGTERM)
+    """Property: exit codes are 2 for bad input, 130 for Ctrl-C, kill and a closed terminal; a bug
+    keeps its traceback. What nohup has ignored stays ignored."""
+    handlers = {stop: signal.getsignal(stop) for stop in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with common.one_line_errors("x.py"):
+        signal.raise_signal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for error in (ValueError("bad"), FileNotFoundError("gone"), FloatingPointError("NaN")):
         with pytest.raises(SystemExit) as stopped, common.one_line_errors("x.py"):
             raise error
         assert stopped.value.code == 2 and capsys.readouterr().err == f"x.py: {error}\n"
-    for stop in (signal.SIGINT, signal.SIGTERM):
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signal.SIGINT, signal.default_int_handler)    # nohup has it ignored
         with pytest.raises(SystemExit) as stopped, common.one_line_errors("x.py", "stopped; bye"):
             signal.raise_signal(stop)
         assert stopped.value.code == 130 and capsys.readouterr().err == "x.py: stopped; bye\n"
     with pytest.raises(ZeroDivisionError), common.one_line_errors("x.py"):
         print(1 // 0)
-    signal.signal(signal.SIGTERM, handler)
+    for stop, handler in handlers.items():
+        signal.signal(stop, handler)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_printing_decides_nothing(monkeypatch, capsys, closed):
+    """Property: what was made stays made: exit code 0.
+
+    Also if its name has letters that stdout has not, which are then printed as escapes, or if
+    stdout is a pipe that nobody reads any more, or a full disk."""
+    reader, writer = os.pipe()
+    if closed:
+        os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w", encoding="cp1252"))
+    with common.one_line_errors("x.py"):
+        common.say("video: \u4e2d.mp4")
+    sys.stdout.close()                          # as Python does at the end: no error here, either
+    assert ("warning" in capsys.readouterr().err) == closed
+    if not closed:
+        with open(reader, encoding="cp1252") as file:
+            assert file.read() == "video: \\u4e2d.mp4\n"
 
 
 PROGRAMS = ["infer", "train_teacher", "distill_student", "evaluate", "data", "prepare_data",
@@ -313,6 +393,28 @@ def test_transparent_is_white(tmp_path):
     assert (common.load_image(tmp_path / "clear.png", 32) == 1).all()
 
 
+def swapped_profile():
+    """The ICC profile of a screen whose red is sRGB's green, and the other way round."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    at = profile.index(b"rXYZ"), profile.index(b"gXYZ")
+    profile = bytearray(profile)
+    profile[at[0]:at[0] + 4], profile[at[1]:at[1] + 4] = b"gXYZ", b"rXYZ"
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_are_converted_to_srgb(tmp_path, mode):
+    """Property: an embedded colour profile is followed, for portraits and training pictures alike.
+
+    A damaged profile counts as none, as in browsers."""
+    red = Image.new("RGB", (32, 32), (204, 51, 0)).convert(mode)
+    for profile, expected in ((swapped_profile(), (51, 204, 0)), (b"no profile", (204, 51, 0))):
+        red.save(tmp_path / "a.png", icc_profile=profile)
+        found = common.load_image(tmp_path / "a.png", 32)[0, :, 5, 5].numpy()
+        np.testing.assert_allclose(127.5 * (found + 1), expected, atol=2)
+        np.testing.assert_allclose(next(read_video(tmp_path / "a.png"))[5, 5], expected, atol=2)
+
+
 def test_exif_says_which_way_is_up(tmp_path):
     """Property: a phone's portrait is turned upright before it is cropped."""
     half = Image.new("RGB", (32, 32))
@@ -375,7 +477,7 @@ def test_a_video_and_its_sound_are_in_step(tmp_path, piece):
 
     That does not depend on how many frames come at once."""
     frames, sound = clip(25)
-    writer = common.Mp4Writer(tmp_path / "a.mp4", 32, sound)
+    writer = common.VideoWriter(tmp_path / "a.mp4", 32, sound)
     for start in range(0, 25, piece):
         writer.write(frames[start:start + piece])
     assert not (tmp_path / "a.mp4").exists()                    # not before close()
@@ -387,10 +489,82 @@ def test_a_video_and_its_sound_are_in_step(tmp_path, piece):
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def recording(path, rate, channels):
+    """A second of noise, loud in the first channel, softer in the second."""
+    sound = np.random.default_rng(1).normal(size=(rate, 1)) * [0.2, 0.1][:channels]
+    soundfile.write(path, sound, rate, subtype="PCM_24")
+    return path
+
+
+H264 = ["h264", "aac"]
+
+
+@pytest.mark.parametrize("ending, codecs, rate", [
+    (".mp4", H264, 44100), (".mov", H264, 48000), (".MKV", H264, 8000),
+    (".webm", ["vp9", "opus"], 44100), (".gif", ["gif"], 44100)])
+def test_the_name_is_the_container_and_the_sound_is_the_recordings(tmp_path, ending, codecs, rate):
+    """Property: the ending that was asked for is what is written, and the network's 16 kHz mono are
+    not what a viewer gets: rate and channels are the recording's, in step with the pictures."""
+    path = tmp_path / f"a{ending}"
+    frames, _ = clip(25)
+    writer = common.VideoWriter(path, 32, recording(tmp_path / "a.wav", rate, 2))
+    for start in (0, 10):
+        writer.write(frames[start:start + 10])
+    writer.close()                              # stopped after 20 of 25 frames
+    with av.open(str(path)) as file:
+        assert [stream.codec.canonical_name for stream in file.streams] == codecs
+        assert ending.lower().strip(".").replace("mkv", "matroska") in file.format.name
+        assert abs(sum(1 for _ in file.decode(video=0)) - 20) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.wav", path.name])
+    if len(codecs) == 2:
+        blocks = [block for *_, block in sound_blocks(path)]
+        decoded, original = np.concatenate(blocks), soundfile.read(tmp_path / "a.wav")[0]
+        with av.open(str(path)) as file:
+            track = file.streams.audio[0]
+            expected = 48000 if ending == ".webm" else rate
+            assert (track.rate, track.channels) == (expected, 2)
+        seconds = len(decoded) / expected
+        assert 0.8 <= seconds < 0.94            # with the end of the last block
+        if expected == rate:
+            assert abs(lag(decoded[:, 0], original[:, 0])) <= rate / 1000
+            loudness = np.square(decoded).mean(0) ** 0.5
+            assert abs(loudness[0] / loudness[1] - 2) < 0.2
+
+
+def test_a_name_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    """Property: another ending, a folder, too long a name: one line. The longest name works."""
+    (tmp_path / "folder.mp4").mkdir()
+    for name, words in (("a.avi", "ends in .mp4"), ("a", "ends in .mp4"), ("folder.mp4", "cannot"),
+                        ("no/a.mp4", "cannot write"), ("n" * 252 + ".mp4", "name too long")):
+        with pytest.raises(ValueError, match=words) as error:
+            common.check_output(tmp_path / name)
+        assert "\n" not in str(error.value)
+    longest = tmp_path / ("n" * 251 + ".mp4")
+    writer = common.VideoWriter(longest, 32, clip(3)[1])
+    writer.write(clip(3)[0])
+    writer.close()
+    assert read(longest)[0] == 3
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """Property: what a link points to is written, not the link: a disk with room, a shared file."""
+    (tmp_path / "disk").mkdir()
+    for name in ("a.mp4", "a.json"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    common.write_json(tmp_path / "a.json", {"a": 1})
+    writer = common.VideoWriter(tmp_path / "a.mp4", 32, clip(3)[1])
+    writer.write(clip(3)[0])
+    writer.close()
+    assert all((tmp_path / name).is_symlink() for name in ("a.mp4", "a.json"))
+    assert read(tmp_path / "disk" / "a.mp4")[0] == 3
+    assert json.loads((tmp_path / "disk" / "a.json").read_text()) == {"a": 1}
+    assert len(list((tmp_path / "disk").iterdir())) == 2
+
+
 def test_a_video_says_that_it_is_synthetic(tmp_path):
     """Property: a viewer of the file can find out that a machine made it."""
     frames, sound = clip(2)
-    writer = common.Mp4Writer(tmp_path / "a.mp4", 32, sound)
+    writer = common.VideoWriter(tmp_path / "a.mp4", 32, sound)
     writer.write(frames)
     writer.close()
     with av.open(str(tmp_path / "a.mp4")) as file:
@@ -404,14 +578,14 @@ def test_a_stopped_video_is_kept_whole_or_not_at_all(tmp_path):
     frames, sound = clip(25)
     path = tmp_path / "a.mp4"
     path.write_bytes(b"older")
-    writer = common.Mp4Writer(path, 32, sound)
+    writer = common.VideoWriter(path, 32, sound)
     writer.close()
     assert path.read_bytes() == b"older"
-    writer = common.Mp4Writer(path, 32, sound)
+    writer = common.VideoWriter(path, 32, sound)
     writer.write(frames[:10])
     writer.close(keep=False)
     assert path.read_bytes() == b"older" and list(tmp_path.iterdir()) == [path]
-    writer = common.Mp4Writer(path, 32, sound)
+    writer = common.VideoWriter(path, 32, sound)
     writer.write(frames[:10])
     writer.close()
     count, _, decoded, _ = read(path)
@@ -421,7 +595,7 @@ def test_a_stopped_video_is_kept_whole_or_not_at_all(tmp_path):
 def test_a_video_may_be_longer_than_its_sound(tmp_path):
     """Property: frames after the end of the recording are silent."""
     frames, sound = clip(10)
-    writer = common.Mp4Writer(tmp_path / "a.mp4", 32, sound[:4 * HOP])
+    writer = common.VideoWriter(tmp_path / "a.mp4", 32, sound[:4 * HOP])
     writer.write(frames)
     writer.close()
     assert read(tmp_path / "a.mp4")[0] == 10

@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import data
 from data import FPS, HOP, SAMPLE_RATE
 
@@ -160,14 +161,86 @@ def test_pictures_are_decoded_as_they_are_meant_to_be_shown(tmp_path):
     pictures[:, :, :48] = 200                               # the left half is bright
     wide = write_clip(tmp_path / "wide.mp4", pictures, stretch=2)
     assert next(data.read_video(wide)).shape == (64, 192, 3)
-    file = bytearray(write_clip(tmp_path / "phone.mp4", pictures).read_bytes())
+
+
+def with_matrix(path, a, b, c, d):
+    """The same mp4 with another display matrix: pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    file = bytearray(path.read_bytes())
     at = file.find(b"tkhd") + 44                            # the matrix, in fixed point numbers
-    quarter_turn = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0, 1 << 30)
-    file[at:at + 36] = quarter_turn
-    (tmp_path / "phone.mp4").write_bytes(file)
-    picture = next(data.read_video(tmp_path / "phone.mp4"))
-    assert picture.shape == (96, 64, 3)
-    assert picture[:48].mean() > 190 and picture[48:].mean() < 10
+    numbers = a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30
+    file[at:at + 36] = struct.pack(">9i", *numbers)
+    path.write_bytes(file)
+
+
+def test_a_turned_or_mirrored_video_is_shown_as_players_do(tmp_path):
+    """Property: all eight ways to turn and mirror a picture are followed: phones turn it, the
+    programs of front cameras mirror it."""
+    pictures = np.full((3, 64, 96, 3), 20, np.uint8)
+    pictures[:, :32, :48] = 220                             # stored at the top left
+    x, y = np.array([-24, -16])                             # its middle, from that of the picture
+    clip = write_clip(tmp_path / "phone.mp4", pictures)
+    for one in (1, -1):
+        for other in (1, -1):
+            for a, b, c, d in ((one, 0, 0, other), (0, one, other, 0)):
+                with_matrix(clip, a, b, c, d)
+                shown = next(data.read_video(clip))
+                height, width = shown.shape[:2]
+                assert (width, height) == ((96, 64) if a else (64, 96))
+                bright = np.argwhere(shown[..., 0] > 120).mean(0) + 0.5
+                expected = height / 2 + b * x + d * y, width / 2 + a * x + c * y
+                assert np.allclose(bright, expected, atol=2), (a, b, c, d)
+
+
+def test_fields_become_frames_and_frames_stay(tmp_path):
+    """Property: of interlaced video no comb is left where something moves; other video is not
+    touched."""
+    pictures = np.full((10, 64, 160, 3), 40, np.uint8)
+    for i, picture in enumerate(pictures):                  # the lower field is half a frame later
+        picture[::2, 12 * i:12 * i + 24] = picture[1::2, 12 * i + 6:12 * i + 30] = 200
+    combs = {}
+    for name, options in (("fields", {"flags": "+ildct+ilme", "x264-params": "tff=1"}),
+                          ("frames", {})):
+        with av.open(str(tmp_path / f"{name}.mkv"), "w") as file:
+            stream = file.add_stream("libx264", 25, options={"crf": "1"} | options)
+            stream.height, stream.width, stream.pix_fmt = 64, 160, "yuv420p"
+            for picture in pictures:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+            file.mux(stream.encode())
+        shown = np.stack(list(data.read_video(tmp_path / f"{name}.mkv"))).astype(float)
+        combs[name] = np.abs(np.diff(shown[2:-2, 8:-8, :, 0], axis=1)).mean()
+    with av.open(str(tmp_path / "frames.mkv")) as file:
+        plain = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    assert (np.stack(plain) == shown).all()
+    assert combs["fields"] < 0.2 * combs["frames"]
+
+
+@pytest.mark.parametrize("transfer, name", [(16, "PQ"), (18, "HLG")])
+def test_hdr_is_refused_with_its_name(tmp_path, transfer, name):
+    """Property: a phone's HDR video is a row of the report, not a dark and colourless clip."""
+    pictures, sound = talking(5)
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream = file.add_stream("libx264", 25)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.color_trc = transfer
+        for picture in pictures:
+            frame = av.VideoFrame.from_ndarray(picture)
+            frame.color_trc = transfer
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    with pytest.raises(ValueError, match=f"HDR video .{name}.: convert it to SDR"):
+        data.decode(tmp_path / "a.mp4", 32)
+
+
+def test_training_pictures_are_read_as_portraits_are(tmp_path):
+    """Property: 16 bits, a palette, transparency: one reader for both, so both see one picture."""
+    grey = np.tile(np.linspace(0, 255, 32).round(), (32, 1))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    for name in ("deep", "clear"):
+        picture = next(data.read_video(tmp_path / f"{name}.png"))
+        portrait = data.to_uint8(common.load_image(tmp_path / f"{name}.png", 32)[0][:, None])[0]
+        assert (picture == portrait).all()
+    assert abs(next(data.read_video(tmp_path / "deep.png")).mean() - grey.mean()) < 2
 
 
 def test_a_square_file_with_a_sidecar_is_not_cropped_again(tmp_path):
@@ -267,13 +340,89 @@ def test_a_bad_file_is_skipped_with_a_reason(tmp_path):
     for name, reason in (("silent", "no audio"), ("one", "1 frames"), ("no video", "no video"),
                          ("sidecar", "7 masks for 50")):
         assert reason in why[f"{name}.mp4"]
-    assert "cannot identify" in why["program.png"]
+    assert "not a picture" in why["program.png"]
     assert all(name in clips.report() for name in why)
     for_the_vae = data.ClipFolder(tmp_path, 32, "all", need_audio=False)
     assert "silent" in [clip.name for clip in for_the_vae.clips]
 
 
 # ----------------------------------------------------------------------------------------- a folder
+
+
+@pytest.mark.parametrize("ending", ["m4v", "3gp", "ts", "flv", "mpg"])
+def test_every_common_video_is_read(tmp_path, ending):
+    """Property: what phones, cameras and screen recorders write is read, in step with its sound."""
+    clip = flash_and_click(tmp_path / "a.mp4", np.arange(25) / 25, 0.51)
+    with av.open(str(clip)) as old, av.open(str(tmp_path / f"b.{ending}"), "w") as new:
+        if ending == "mpg":                                 # holds no H.264: encoded again
+            picture, voice = new.add_stream("mpeg2video", 25), new.add_stream("mp2", 44100)
+            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuv420p"
+            for frame in old.decode():
+                stream = picture if isinstance(frame, av.VideoFrame) else voice
+                new.mux(stream.encode(frame))
+            new.mux(picture.encode() + voice.encode())
+        else:
+            streams = {stream: new.add_stream_from_template(stream) for stream in old.streams}
+            for packet in old.demux():
+                if packet.dts is not None:
+                    packet.stream = streams[packet.stream]
+                    new.mux(packet)
+    frames, audio, _ = data.decode(tmp_path / f"b.{ending}", 16)
+    flash = np.flatnonzero(frames.mean((1, 2, 3)) > 120)[0]
+    click = np.flatnonzero(np.abs(audio) > 8000)[0] / HOP
+    assert abs(flash - 12) <= 1 and abs(click - 12.75) < 1  # 40 ms
+    assert [path.name for path in data.media_files(tmp_path, data.VIDEOS)] == [
+        "a.mp4", f"b.{ending}"]
+
+
+def test_what_is_left_out_is_said_in_one_line(tmp_path, capsys):
+    """Property: a folder never shrinks in silence: unread endings and skipped files have a line
+    with a count each."""
+    pictures, sound = talking(30)
+    for name, who in (("a", "ann"), ("b", "bob")):
+        write_clip(tmp_path / f"{name}.mp4", pictures, sound=sound)
+        (tmp_path / f"{name}.json").write_text(json.dumps({"identity": who}))
+    for name in ("c.mp4", "d.heic", "e.heic", "f.mxf", ".hidden.mxf"):
+        (tmp_path / name).write_bytes(b"what is it?")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "split.json").write_text('{"train": ["a", "c"], "val": ["b"]}')
+    assert len(data.ClipFolder(tmp_path, 32, "train", cache=tmp_path / ".cache").clips) == 1
+    unread, skipped = capsys.readouterr().err.splitlines()
+    assert unread == f"note: not read in {tmp_path}: .heic 2, .mxf 1, folders 1"
+    assert skipped.startswith("note: 1 of 2 files skipped: c.mp4 (")
+    data.ClipFolder(tmp_path, 32, "val", cache=tmp_path / ".cache")
+    assert capsys.readouterr().err == ""
+
+
+def test_one_person_can_be_trained_on(tmp_path, capsys, monkeypatch):
+    """Property: of one person's clips the last is held out, of a lone clip its end; that is said.
+
+    A lone clip of less than 10 s is all training, and the reason is given."""
+    def decode(path, *_):
+        length = 300 if path.stem == "lone" else 30
+        levels = np.arange(length)[:, None, None, None].astype(np.uint8)
+        frames = np.broadcast_to(levels, (length, 16, 16, 3))
+        return frames, np.arange(length * HOP).astype(np.int16), frames[:, :4, :4, 0]
+    monkeypatch.setattr(data, "decode", decode)
+    (tmp_path / "lone.mp4").touch()
+    parts = {part: data.ClipFolder(tmp_path, 16, part).clips for part in ("train", "val", "all")}
+    assert "shows one person" in capsys.readouterr().err
+    (train,), (val,), (whole,) = parts.values()
+    assert (train.length, val.length, whole.length) == (219, 81, 300)
+    for what in ("frames", "audio", "mask"):
+        together = np.concatenate([getattr(train, what), getattr(val, what)])
+        assert (together == getattr(whole, what)).all()
+    (tmp_path / "lone.mp4").unlink()
+    for name in "abc":
+        (tmp_path / f"{name}.mp4").touch()
+        (tmp_path / f"{name}.json").write_text('{"identity": "me"}')
+    for part, names in (("train", ["a", "b"]), ("val", ["c"])):
+        assert [clip.name for clip in data.ClipFolder(tmp_path, 16, part).clips] == names
+    (tmp_path / "b.mp4").unlink()
+    (tmp_path / "c.mp4").unlink()
+    assert data.ClipFolder(tmp_path, 16, "train").clips[0].length == 30
+    with pytest.raises(ValueError, match="too short to hold out its end"):
+        data.ClipFolder(tmp_path, 16, "val")
 
 
 def test_only_an_edited_file_is_decoded_again(tmp_path):

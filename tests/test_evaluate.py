@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import evaluate
 import infer
-from common import Mp4Writer, write_mp4
+from common import VideoWriter, write_mp4
 from data import HOP
 from measure import fid, report, rulers, video
 from measure.landmarks import eye_distance
@@ -436,7 +436,7 @@ def test_vae_only_goes_through_the_same_file(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "vae_only", lambda vae, frames, length: iter(soft))
     item = Item("real", tmp_path / "real.mp4", how="VAE only")
     seen = np.stack(list(rulers.Rulers.frames(tools, item)))
-    writer = Mp4Writer(tmp_path / "made.mp4", SIDE, np.zeros(20 * HOP, np.float32))
+    writer = VideoWriter(tmp_path / "made.mp4", SIDE, np.zeros(20 * HOP, np.float32))
     writer.write(soft)
     writer.close()
     written = np.stack(list(video.squares(tmp_path / "made.mp4", SIDE)))

@@ -362,10 +362,9 @@ def test_what_once_broke_a_reader(tmp_path):
     huge[16:24] = struct.pack(">II", 1 << 16, 1 << 15)
     path = tmp_path / "huge.png"
     path.write_bytes(repair_checksums(huge))
-    with pytest.raises(ValueError, match="too many pixels"):
-        load_image(path, 32)
-    with pytest.raises(Image.DecompressionBombError):
-        data.decode(path, 32)
+    for reader in (load_image, data.decode):
+        with pytest.raises(ValueError, match="too many pixels"):
+            reader(path, 32)
     Image.new("1", (12000, 12000)).save(tmp_path / "large.png")             # Pillow only warns
     with pytest.raises(ValueError, match="too many"):
         data.decode(tmp_path / "large.png", 32)

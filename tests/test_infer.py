@@ -316,16 +316,17 @@ def test_loading_keeps_time_path_and_encoder_in_float32(weights):
 def test_mp4_holds_frames_and_sound_of_the_same_length(weights, files, capsys):
     """Property: the file plays: H.264 and AAC, within one frame of each other and in step.
 
-    It stands under the name that was asked for, with nothing beside it."""
+    Its sound has the channels of the recording. It stands under the name that was asked for, with
+    nothing beside it."""
     audio = speech(3.25)
-    soundfile.write(files / "speech.wav", audio, SAMPLE_RATE)
+    soundfile.write(files / "speech.wav", np.stack([audio, audio], 1), SAMPLE_RATE)
     out = files / "mein Bild ü.mp4"
     infer.main(command(files, weights, "--out", out, "--bench"))
     with av.open(str(out)) as file:
         frames = sum(1 for _ in file.decode(video=0))
         lengths = [float(s.duration * s.time_base) for s in file.streams]
         assert frames == 82 and abs(lengths[0] - lengths[1]) <= 0.04
-        assert "ynthetic" in file.metadata["comment"]
+        assert "ynthetic" in file.metadata["comment"] and file.streams.audio[0].channels == 2
     with av.open(str(out)) as file:
         decoded = np.concatenate([f.to_ndarray()[0] for f in file.decode(audio=0)])[:len(audio)]
     size = len(audio) + len(decoded)
@@ -348,7 +349,7 @@ def test_silence_is_allowed(weights, files):
     assert (files / "o.mp4").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_and_kill_keep_what_was_made(weights, files, monkeypatch, capsys, name):
     """Property: a stopped run leaves a file that plays, with the frames made so far.
 
@@ -365,6 +366,7 @@ def test_ctrl_c_and_kill_keep_what_was_made(weights, files, monkeypatch, capsys,
     def unhandled(*_):
         raise AssertionError("the process would be gone, and a part file left")
     signal.signal(signal.SIGTERM, unhandled)
+    signal.signal(signal.SIGHUP, unhandled)
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a suite under nohup ignores it
     monkeypatch.setattr(infer, "to_uint8", stop)
     with pytest.raises(SystemExit) as stopped:
@@ -437,6 +439,7 @@ BAD_FLAGS = [
     ("audio", "nothing.wav", "no such"), ("audio", "text.wav", "text.wav"),
     ("audio", "empty.wav", "empty.wav"), ("audio", "nan.wav", "nan.wav"),
     ("out", "folder.mp4", "cannot write"), ("out", "no/where.mp4", "cannot write"),
+    ("out", "o.avi", "ends in .mp4"), ("out", "n" * 252 + ".mp4", "name too long"),
     ("out", "me.png", "inputs"), ("out", "speech.wav", "inputs"),
     ("weights", "nowhere", "config.json is missing"),
     ("steps", "0", "steps"), ("seed", "-1", "seed"), ("device", "cuda", "no cuda"),
@@ -457,12 +460,15 @@ def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypat
     soundfile.write(files / "nan.wav", np.full(800, np.nan), SAMPLE_RATE, subtype="FLOAT")
     (files / "folder.mp4").mkdir()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loaded, load = [], infer.load
+    monkeypatch.setattr(infer, "load", lambda *args: loaded.append(args) or load(*args))
     for flag, value, expected in BAD_FLAGS:
         is_path = flag in ("image", "audio", "out", "weights")
         value = files / value if is_path else value
         line = refuse(command(files, weights, f"--{flag}", value), capsys)
         assert expected in line, (flag, value, line)
         assert not (files / "o.mp4").exists() and not part_files(files)
+        assert not loaded or flag not in ("image", "audio", "out")      # known without the networks
     assert (files / "me.png").read_bytes() == picture           # no input was written over
 
 

@@ -4,6 +4,7 @@ All videos are made here.
 """
 import csv
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,6 +197,30 @@ def test_the_first_good_copy_is_kept(tmp_path, monkeypatch):
     clips = data.ClipFolder(tmp_path / "out", 32, "all").clips
     assert [c.name for c in clips] == ["2 good_000", "a.mov_000", "a.mp4_000", "x_000", "z_000"]
     assert [c.identity for c in clips][1:3] == ["a", "a"]
+
+
+def test_memory_is_that_of_one_scene(tmp_path, monkeypatch):
+    """Property: a video of an hour is cut with the memory of a scene, not of 16 GB of pictures.
+
+    Four times as many scenes must not take twice the memory."""
+    monkeypatch.setattr(prepare_data, "face_detector", lambda: None)
+    sound = np.ones(160 * HOP, np.int16)
+    monkeypatch.setattr(prepare_data, "read_audio", lambda path, samples: sound[:samples])
+    scenes = [0]
+
+    def read_video(path):
+        for i in range(10 * scenes[0]):
+            yield np.full((64, 64, 3), 80 + 100 * (i // 10 % 2) + i % 3, np.uint8)
+    monkeypatch.setattr(data, "read_video", read_video)
+    (tmp_path / "lone.mp4").touch()
+    peaks = []
+    for scenes[0] in (4, 16):
+        tracemalloc.start()
+        rows = prepare(Config(tmp_path, tmp_path / "out", size=128))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(rows) == scenes[0] and all("seconds 0.4 <" in row["reason"] for row in rows)
+    assert peaks[1] < 2 * peaks[0] < 10e6, peaks
 
 
 def test_a_written_clip_is_read_back_in_step(tmp_path):

@@ -414,6 +414,11 @@ def test_debug_preset_overfits_one_chunk(folder, capsys):
     assert (models.guidance, models.timestep_shift) == (cfg.guidance, cfg.timestep_shift)
     assert (folder / "run" / "samples.png").exists()
     assert not (folder / "weights" / "teacher.safetensors").exists()    # the source is not touched
+    log = (folder / "run" / "log.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stop:                 # --resume was forgotten
+        tt.main(options(folder))
+    assert stop.value.code == 2 and "holds a run" in capsys.readouterr().err
+    assert (folder / "run" / "log.jsonl").read_bytes() == log
 
 
 def test_bad_input_is_one_line(folder, capsys):
@@ -424,7 +429,9 @@ def test_bad_input_is_one_line(folder, capsys):
     half.mkdir()
     (half / "config.json").write_text('{"size": 32, "vae": {}}', encoding="utf-8")
     for bad, word in ((["--data", str(folder / "nowhere")], "nowhere"),
-                      (["--micro-batch", "3"], "multiple"), (["--frames", "32"], "4k + 1"),
+                      (["--micro-batch", "3"], "multiple"), (["--steps", "0"], "1 or more"),
+                      (["--steps", "-5"], "1 or more"), (["--resume", "--overwrite"], "not both"),
+                      (["--frames", "32"], "4k + 1"),
                       (["--continuity-frames", "33"], "leave"),
                       (["--lambda-temp", "-1"], "or more"), (["--lambda-face", "nan"], "or more"),
                       (["--audio-drop-prob", "2"], "between"),
@@ -435,6 +442,7 @@ def test_bad_input_is_one_line(folder, capsys):
         text = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == 2 and text[-1].startswith("train_teacher.py: ")
         assert word in text[-1], bad
+    assert not (folder / "bad").exists()
 
 
 def test_two_processes_have_the_losses_of_one(folder):

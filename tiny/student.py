@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import PresetOnly, one_line_errors, parse_args
+from common import PresetOnly, one_line_errors, parse_args, run_folder
 from distill_student import Files, StudentConfig, check, forward, run
 from dit import add_noise, x0_from_velocity
 from tiny.model import make_guide
@@ -109,7 +109,8 @@ def check_tiny(cfg):
 
 def main(argv=None):
     files, cfg = parse_args(__doc__, TinyFiles, PRESETS, argv)
-    with one_line_errors("tiny.student", "stopped; --resume continues from the last checkpoint"):
+    stopped = "stopped; --resume continues from the last checkpoint"
+    with one_line_errors("tiny.student", stopped), run_folder(files):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         check_tiny(cfg)
         run(files, cfg, **train_arguments(cfg))

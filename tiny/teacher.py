@@ -33,6 +33,8 @@ from common import (
     init_distributed,
     one_line_errors,
     parse_args,
+    run_folder,
+    say,
     select_device,
     shard,
 )
@@ -435,7 +437,8 @@ def prepare(files, cfg, size, vae, encoder, device, rank, world):
 
 def main(argv=None):
     files, cfg = parse_args(__doc__, TinyFiles, PRESETS, argv)
-    with one_line_errors("tiny.teacher", "stopped; --resume continues from the last checkpoint"):
+    stopped = "stopped; --resume continues from the last checkpoint"
+    with one_line_errors("tiny.teacher", stopped), run_folder(files):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         device, _ = select_device(files.device)
         rank, world = init_distributed(device)
@@ -456,7 +459,7 @@ def main(argv=None):
         needs = {"edm_skip": cfg.edm_skip, **SAMPLING}
         out = export(files, config, model, state.ema, cfg, tiny=needs)
         loss = np.mean(losses[-50:] or [np.nan])
-        print(f"steps: {cfg.steps}\nloss: {loss:.4f}\nweights: {out / 'teacher.safetensors'}")
+        say(f"steps: {cfg.steps}\nloss: {loss:.4f}\nweights: {out / 'teacher.safetensors'}")
 
 
 if __name__ == "__main__":

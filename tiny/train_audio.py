@@ -20,7 +20,7 @@ import os
 import time
 import timeit
 from collections import namedtuple
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +40,7 @@ from common import (
     load_checkpoint,
     one_line_errors,
     parse_args,
+    run_folder,
     save_checkpoint,
     select_device,
     write_json,
@@ -61,6 +62,7 @@ class Files:
     out: Path = Path("runs/audio/whisper")  # folder of the weights and their metrics.json
     run_dir: Path = Path("runs/audio")      # folder of the checkpoint
     resume: bool = False                    # go on from the checkpoint
+    overwrite: bool = False                 # replace the run that --run-dir holds
     evaluate: bool = False                  # no training: measure --out on held-out speakers
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"      # auto: a GPU if there is one
 
@@ -515,7 +517,9 @@ def run(files, cfg):
 
 def main(argv=None):
     files, cfg = parse_args(__doc__, Files, {"tiny": AudioConfig()}, argv)
-    with one_line_errors("tiny.train_audio", "stopped; --resume goes on from the checkpoint"):
+    stopped = "stopped; --resume goes on from the checkpoint"
+    ours = nullcontext() if files.evaluate else run_folder(files)
+    with one_line_errors("tiny.train_audio", stopped), ours:
         print_figures(run(files, cfg))
 
 

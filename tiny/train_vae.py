@@ -17,6 +17,7 @@ Shapes: B batch, T pixel frames, F latent frames, C channels, H W pixels, h w la
 """
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from common import (
     load_checkpoint,
     one_line_errors,
     parse_args,
+    run_folder,
     save_checkpoint,
     save_image,
     write_json,
@@ -58,6 +60,7 @@ class Files:
     out: Path = Path("runs/vae/weights")    # folder of the weights
     run_dir: Path = Path("runs/vae")        # folder of the checkpoint and the sample grid
     resume: bool = False                    # go on from the checkpoint
+    overwrite: bool = False                 # replace the run that --run-dir holds
     evaluate: bool = False                  # no training: measure --out on held-out clips
     clips: int = 20                         # clips of a folder that --evaluate measures
 
@@ -554,7 +557,9 @@ def run(files, cfg):
 
 def main(argv=None):
     files, cfg = parse_args(__doc__, Files, {"tiny": TrainConfig()}, argv)
-    with one_line_errors("tiny.train_vae", "stopped; --resume goes on from the last checkpoint"):
+    stopped = "stopped; --resume goes on from the last checkpoint"
+    ours = nullcontext() if files.evaluate else run_folder(files)
+    with one_line_errors("tiny.train_vae", stopped), ours:
         run(files, cfg)
 
 
