@@ -427,6 +427,47 @@ def deep_to_uint8(x):
     return np.uint8(255 * unit)
 
 
+# sRGB <-> linear light <-> CIE XYZ <-> CIE Lab, in which equal distances look about equal.
+RGB_TO_XYZ = torch.tensor([[0.4124564, 0.3575761, 0.1804375],
+                           [0.2126729, 0.7151522, 0.0721750],
+                           [0.0193339, 0.1191920, 0.9503041]])
+WHITE = RGB_TO_XYZ.sum(1)                                           # XYZ of r = g = b = 1 (D65)
+LAB_LINEAR, LAB_SLOPE = 0.008856, 903.3                             # a cube root, linear near black
+
+
+def rgb_to_lab(rgb):
+    """(..., 3) in [0, 1] -> (..., 3): L in 0..100, a and b around 0"""
+    light = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = light @ RGB_TO_XYZ.T.to(rgb) / WHITE.to(rgb)
+    root = xyz.clamp(min=LAB_LINEAR) ** (1 / 3)
+    x, y, z = torch.where(xyz > LAB_LINEAR, root, (LAB_SLOPE * xyz + 16) / 116).unbind(-1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+def lab_to_rgb(lab):
+    """The inverse; colours that no screen has are clamped to [0, 1]."""
+    L, a, b = lab.unbind(-1)
+    y = (L + 16) / 116
+    root = torch.stack([y + a / 500, y, y - b / 200], -1)
+    xyz = torch.where(root ** 3 > LAB_LINEAR, root ** 3, (116 * root - 16) / LAB_SLOPE)
+    light = (xyz * WHITE.to(lab)) @ RGB_TO_XYZ.inverse().T.to(lab)
+    curved = 1.055 * light.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
+    return torch.where(light > 0.0031308, curved, 12.92 * light).clamp(0, 1)
+
+
+def match_colours(video, portrait):
+    """Give every frame the portrait's mean and deviation of L, a and b, over all pixels.
+
+    video (B, 3, T, H, W), portrait (B, 3, H, W), in [-1, 1] -> (B, 3, T, H, W). Colours can then
+    not drift; nor can the light change. As SoulX-FlashHead does with every chunk."""
+    lab = rgb_to_lab(video.permute(0, 2, 3, 4, 1) / 2 + 0.5)        # (B, T, H, W, 3)
+    goal = rgb_to_lab(portrait[:, :, None].permute(0, 2, 3, 4, 1) / 2 + 0.5)
+    std, mean = torch.std_mean(lab, (2, 3), correction=0, keepdim=True)
+    goal_std, goal_mean = torch.std_mean(goal, (2, 3), correction=0, keepdim=True)
+    scale = torch.where(std > 1e-6, goal_std / std, 1.0)            # a flat frame stays flat
+    return lab_to_rgb((lab - mean) * scale + goal_mean).permute(0, 4, 1, 2, 3) * 2 - 1
+
+
 class Mp4Writer:
     """H.264 and AAC, written as frames come, under a temporary name until close()."""
 

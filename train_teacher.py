@@ -476,7 +476,8 @@ def load_frozen(weights, device):
     missing = {"size", "audio", "vae"} - config.keys()
     if missing:
         raise ValueError(f"{path} lacks {' and '.join(sorted(missing))}")
-    return config, load_vae(weights, device), load_audio_encoder(weights, config["audio"], device)
+    encoder = load_audio_encoder(weights, config["audio"], device, config.get("audio_window"))
+    return config, load_vae(weights, device), encoder
 
 
 def load_init(model, path):
@@ -510,7 +511,7 @@ def find_chunks(files, cfg, size, vae, encoder, device, rank, world):
 
 def export(files, config, model, ema, cfg, **more):
     """RUN_DIR/weights, or --out: a folder with all that infer.py needs."""
-    kept = {key: config[key] for key in ("size", "audio", "vae")}
+    kept = {key: config[key] for key in ("size", "audio", "audio_window", "vae") if key in config}
     sampling = {"steps": cfg.sample_steps, "timestep_shift": cfg.timestep_shift,
                 "guidance": cfg.guidance}
     new = {"frames": cfg.frames, "continuity_frames": cfg.continuity_frames,
