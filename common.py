@@ -142,6 +142,33 @@ class Stopwatch(defaultdict):
         return time.perf_counter()
 
 
+def memory_plan(model, per_parameter, cfg, gpus, size, frames):
+    """What training needs on each GPU -> lines to print. Computed, not measured.
+
+    model: an AudioDiT on the meta device; per_parameter: bytes of weights, gradient, moments and
+    averages for each of its parameters, which the GPUs share; cfg: micro_batch, bf16 and
+    checkpointing. ValueError for sizes that no chunk has."""
+    if gpus < 1 or size < 16 or size % 16 or frames % 4 != 1:
+        raise ValueError(f"--plan-memory {gpus} {size} {frames}: it takes the number of GPUs, "
+                         "pixels of a side (16 k), frames of a chunk (4 k + 1)")
+    D, hidden, layers = model.config.dim, model.config.ffn_dim, model.config.layers
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = cfg.micro_batch * (1 + (frames - 1) // 4) * (size // 16) ** 2
+    # What autograd keeps inside a block, bytes a token (counted by a test).
+    inside = tokens * (72 * D + 4 * hidden if cfg.bf16 else 90 * D + 8 * hidden)
+    blocks = 1 if cfg.checkpointing else layers                     # whose insides are kept at once
+    parts = {"weights_and_optimizers": per_parameter * parameters / gpus,
+             "inputs_of_blocks": 4 * D * tokens * layers if cfg.checkpointing else 0,
+             "inside_blocks": inside * blocks}
+    parts["total"] = sum(parts.values())
+    lines = [f"memory of each of {gpus} GPUs, computed, not measured; {size} x {size} pixels, "
+             f"{frames} frames, {cfg.micro_batch} rows a call, {parameters / 1e9:.3f} B parameters"]
+    lines += [f"{name}: {value / 2**30:.1f} GiB" for name, value in parts.items()]
+    copies = 2 * parameters / 2**30
+    return "\n".join([*lines, f"not counted: bfloat16 copies under autocast ({copies:.1f} GiB a "
+                      "network), the frozen VAE and audio encoder, the decode of Eq. 16 and 17"])
+
+
 def init_distributed(device):
     """Join the process group that torchrun made -> (rank, number of processes), else (0, 1)."""
     if "RANK" not in os.environ:

@@ -7,7 +7,8 @@ SRC is a folder, or the name of a repository that huggingface_hub then fetches. 
 (all Apache-2.0; read the model cards for their terms of use):
 
     hf download Soul-AILab/SoulX-FlashHead-1_3B --include "Model_Pro/*" "VAE_Wan/*" --local-dir SRC
-    hf download Wan-AI/Wan2.1-T2V-1.3B --include "*.safetensors" "*.pth" "*.json" --local-dir SRC
+    hf download Wan-AI/Wan2.1-T2V-1.3B config.json diffusion_pytorch_model.safetensors \\
+        Wan2.1_VAE.pth --local-dir SRC
     hf download facebook/wav2vec2-base-960h --local-dir W2V     (or leave that to infer.py)
 
 Model_Pro is this project's `wan-1.3b` under other names: five modules of audio_proj are renamed,
@@ -45,11 +46,11 @@ FILES = {
 }
 FETCH = {
     "flashhead": 'hf download Soul-AILab/SoulX-FlashHead-1_3B --include "Model_Pro/*" "VAE_Wan/*"',
-    "wan": 'hf download Wan-AI/Wan2.1-T2V-1.3B --include "*.safetensors" "*.pth" "*.json"',
+    "wan": f"hf download Wan-AI/Wan2.1-T2V-1.3B {' '.join(FILES['wan'])}",
 }
 LICENCES = {
-    "flashhead": "SoulX-FlashHead-1_3B Apache-2.0, Wan2.1 VAE Apache-2.0, wav2vec2-base Apache-2.0",
-    "wan": "Wan2.1-T2V-1.3B Apache-2.0, wav2vec2-base Apache-2.0",
+    "flashhead": "SoulX-FlashHead-1_3B, Wan2.1's VAE and wav2vec2-base-960h: Apache-2.0",
+    "wan": "Wan2.1-T2V-1.3B and wav2vec2-base-960h: Apache-2.0",
 }
 RENAMED = {"proj1": "first", "proj1_vf": "rest", "proj2": "shared.1", "proj3": "shared.3",
            "norm": "norm"}                          # FlashHead's modules in audio_proj -> ours
@@ -234,7 +235,7 @@ def convert_flashhead(source, folder, options, network, vae_config):
     """Model_Pro -> student.safetensors, and all that infer.py needs beside it."""
     config_file, weights_file, vae_file = (source / name for name in FILES["flashhead"])
     check_config(config_file, network, 2 * network.channels)
-    with torch.device("meta"):
+    with torch.device("meta"):                      # bfloat16 as infer.py casts: the same video
         own = dit.AudioDiT(network).cast_matrices(getattr(torch, options.dtype)).state_dict()
     shapes = {name: tensor.shape for name, tensor in own.items()}
     dtypes = {name: tensor.dtype for name, tensor in own.items()}
@@ -278,8 +279,7 @@ class Options:
     model: tyro.conf.Positional[Literal["flashhead", "wan"]]        # what is converted
     source: tyro.conf.Positional[str]       # folder of official files, or a Hugging Face name
     out: tyro.conf.Positional[Path]         # the new folder of weights
-    dtype: Literal["float32", "bfloat16"] = "float32"   # of the blocks' matrices; the rest and the
-    # VAE stay float32, so that infer.py --dtype bfloat16 makes the same video from both
+    dtype: Literal["float32", "bfloat16"] = "float32"   # of the blocks' matrices on disk
     audio: str = "facebook/wav2vec2-base-960h"          # Wav2Vec2: a folder, or a Hugging Face name
 
 

@@ -51,6 +51,7 @@ import torch.nn.functional as nnf
 from PIL import Image
 from tqdm import tqdm
 
+import dit
 import infer
 from common import (
     PresetOnly,
@@ -65,6 +66,7 @@ from common import (
     log,
     log_line,
     make_adamw,
+    memory_plan,
     one_line_errors,
     parse_args,
     save_checkpoint,
@@ -104,6 +106,7 @@ class Files:
     out: Path | None = None                 # the finished folder of weights [RUN_DIR/weights]
     resume: bool = False                    # continue from the checkpoint in RUN_DIR
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
+    plan_memory: tuple[int, int, int] | None = None     # GPUs, pixels, frames: print memory, end
 
 
 # PresetOnly: set by the preset, no flag. "not in our copy": see train_teacher.py.
@@ -677,6 +680,12 @@ def main(argv=None):
     stopped = "stopped; --resume continues from the last checkpoint"
     with one_line_errors("distill_student.py", stopped):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        if files.plan_memory:
+            with torch.device("meta"):
+                model = dit.AudioDiT(dit.PRESETS[files.preset])
+            per_parameter = 20 + 16 + 4                 # student with EMA, critic without, teacher
+            print(memory_plan(model, per_parameter, cfg, *files.plan_memory))
+            return
         run(files, cfg)
 
 

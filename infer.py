@@ -230,6 +230,7 @@ def decode(vae, z, frames, clock):
 # --------------------------------------------------------------------------------------------- main
 
 FromWeights = tyro.conf.arg(metavar="NUMBER", help_behavior_hint="(default: as in the weights)")
+FromVAE = tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the VAE's own decoder)")
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ class Options:
     guidance: Annotated[float | None, FromWeights] = None           # audio guidance, teacher only
     continuity_mode: Literal["reencode", "latents"] = "reencode"    # kappa: the paper's or App. D's
     match_colour: bool = False          # give each frame the portrait's colour statistics
-    preview_decoder: Path | None = None             # TAEHV's taew2_1, fast and softer than the VAE
+    preview_decoder: Annotated[Path | None, FromVAE] = None         # file taew2_1: fast, softer
     seed: int = 0                       # same seed, same video
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"          # auto: a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"          # of network and decoder

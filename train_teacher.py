@@ -55,6 +55,7 @@ from common import (
     log,
     log_line,
     make_adamw,
+    memory_plan,
     one_line_errors,
     parse_args,
     save_checkpoint,
@@ -89,6 +90,7 @@ class Files:
     out: Path | None = None                 # the finished folder of weights [RUN_DIR/weights]
     resume: bool = False                    # continue from the checkpoint in RUN_DIR
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
+    plan_memory: tuple[int, int, int] | None = None     # GPUs, pixels, frames: print memory, end
 
 
 # PresetOnly: set by the preset, no flag. "not in our copy": the paper gives it, but we wrote from a
@@ -526,6 +528,12 @@ def main(argv=None):
     stopped = "stopped; --resume continues from the last checkpoint"
     with one_line_errors("train_teacher.py", stopped):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        if files.plan_memory:
+            with torch.device("meta"):
+                model = AudioDiT(dit.PRESETS[cfg.network])
+            per_parameter = 20                          # weight, gradient, two moments, EMA: 4 each
+            print(memory_plan(model, per_parameter, cfg, *files.plan_memory))
+            return
         device, _ = select_device(files.device)
         rank, world = init_distributed(device)
         config, vae, encoder = load_frozen(files.weights, device)

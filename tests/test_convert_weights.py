@@ -4,6 +4,7 @@ tests/golden_flashhead.json holds numbers that the public sources gave on a CPU 
 weights and inputs made by numbers() and noise() below: Soul-AILab/SoulX-FlashHead@12467ce (one
 block, narrow, their windows, timesteps, wav2vec2 and colours) and madebyollin/taehv@1f14a56. No
 published weights are used: what is compared is the computation."""
+import importlib
 import json
 import os
 import pickle
@@ -451,6 +452,53 @@ def test_a_wrong_preview_decoder_is_one_line(preview, tmp_path):
         with pytest.raises(ValueError, match="preview decoder") as error:
             vae.load_preview_decoder(path, codec)
         assert "\n" not in str(error.value)
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+def kept_by_autograd(bf16, dim, hidden, tokens):
+    """Bytes that autograd keeps inside one block, its weights not counted."""
+    block = dit.Block(replace(DIT, dim=dim, ffn_dim=hidden))
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor          # alive: no place is used twice
+        return tensor
+    x, audio = torch.randn(1, tokens, dim, requires_grad=True), torch.randn(1, 4, 4, dim)
+    rope = dit.rope_table(4, 1, tokens // 4, dim // 2)
+    with (torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+          torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)):
+        block(x, torch.randn(1, 6, dim), rope, audio)
+    return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in own)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_memory_plan_counts_what_autograd_keeps(bf16):
+    """Property: memory_plan's bytes a token inside a block are those of a real block."""
+    a, b = (kept_by_autograd(bf16, 96, 256, tokens) for tokens in (128, 256))
+    counted = 72 * 96 + 4 * 256 if bf16 else 90 * 96 + 8 * 256
+    assert abs((b - a) / 128 / counted - 1) < 0.01
+
+
+@pytest.mark.parametrize("stage", ["train_teacher", "distill_student"])
+def test_the_memory_plan_of_a_converted_model(stage, capsys):
+    """Property: both stages say what one GPU needs for 512 x 512 x 33, without any file: 31 and
+    59 GiB. Eight GPUs share weights and optimisers, not the chunk."""
+    program = importlib.import_module(stage)
+
+    def plan(gpus):
+        program.main(["--preset", "wan-1.3b", "--data", "none",
+                      "--plan-memory", str(gpus), "512", "33"])
+        lines = capsys.readouterr().out.splitlines()
+        return {k: float(v.split()[0]) for k, v in (line.split(": ") for line in lines[1:5])}
+    one, eight = plan(1), plan(8)
+    assert round(one["total"]) == {"train_teacher": 31, "distill_student": 59}[stage]
+    assert abs(eight["weights_and_optimizers"] - one["weights_and_optimizers"] / 8) < 0.1
+    assert eight["inside_blocks"] == one["inside_blocks"] > 1
+    with pytest.raises(SystemExit):
+        program.main(["--data", "none", "--plan-memory", "1", "512", "32"])
+    assert "4 k + 1" in capsys.readouterr().err
 
 
 def test_the_golden_file_is_small():

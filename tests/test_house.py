@@ -27,6 +27,7 @@ ALLOWED = {
     "train_teacher": BELOW,
     "distill_student": BELOW | {"infer"},           # it starts from a folder of weights
     "infer": BELOW,
+    "convert_weights": BELOW,
     "prepare_data": BELOW | {"measure"},
     "evaluate": BELOW | {"infer", "measure"},
     "tiny": BELOW | {"infer", "train_teacher", "distill_student", "tiny", "synthetic", "measure"},
@@ -39,7 +40,7 @@ ONLY_CONSTANTS = ("common", "vae", "tre", "audio")  # of data these import capit
 
 GROUND_FLOOR_FILES = 13
 MODULES_OF_A_STAGE = 8
-FLAGS = {"train_teacher": ("TeacherConfig", 25), "distill_student": ("StudentConfig", 30)}
+FLAGS = {"train_teacher": ("TeacherConfig", 26), "distill_student": ("StudentConfig", 30)}
 LINE = 100
 FUNCTION = 70
 README_LINES = 250
