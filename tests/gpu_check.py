@@ -312,7 +312,7 @@ def steps_of(sizes, tflops):
 def check(sizes, minutes=8.0):
     """Run every step that still fits into the minutes -> {name: what was found}."""
     began = time.time()
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     results = {"card": card(sizes), "torch": torch.__version__, "commit": commit,
                "network": asdict(sizes.network)}
