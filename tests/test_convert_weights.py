@@ -477,8 +477,7 @@ def kept_by_autograd(bf16, dim, hidden, tokens):
 def test_the_memory_plan_counts_what_autograd_keeps(bf16):
     """Property: memory_plan's bytes a token inside a block are those of a real block."""
     a, b = (kept_by_autograd(bf16, 96, 256, tokens) for tokens in (128, 256))
-    counted = 72 * 96 + 4 * 256 if bf16 else 90 * 96 + 8 * 256
-    assert abs((b - a) / 128 / counted - 1) < 0.01
+    assert abs((b - a) / 128 / common.kept_in_block(96, 256, bf16) - 1) < 0.01
 
 
 @pytest.mark.parametrize("stage", ["train_teacher", "distill_student"])
