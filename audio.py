@@ -119,10 +119,13 @@ def check_folder(folder):
 class AudioEncoder:
     """The frozen encoder W2V: a Wav2Vec2 (or Whisper), from a folder or by its Hugging Face name.
 
-    .layers L and .dim A are the sizes of features(). ValueError or FileNotFoundError, in one
+    window: seconds that it always gets, zeros before the recording filling them; None: at most
+    8 s. .layers L and .dim A are the sizes of features(). ValueError or FileNotFoundError, in one
     line, if it does not load."""
 
-    def __init__(self, name_or_path, device="cpu"):
+    def __init__(self, name_or_path, device="cpu", window=None):
+        if window is not None and not (isinstance(window, int | float) and 1 <= window <= 60):
+            raise ValueError(f"audio_window must be 1 to 60 seconds, not {window}")
         folder = Path(name_or_path)
         is_hub_name = not folder.exists() and not folder.is_absolute() and len(folder.parts) == 2
         if not is_hub_name:
@@ -138,6 +141,8 @@ class AudioEncoder:
             raise ValueError(message) from None
         self.model = model.to(device).eval().requires_grad_(False)  # eval: no dropout, no masking
         self.device = device
+        self.window = window
+        self.context = CONTEXT if window is None else round(window * FPS)   # frames
         self.layers = model.config.num_hidden_layers
         self.dim = model.config.hidden_size
 
@@ -151,16 +156,20 @@ class AudioEncoder:
 
         audio (samples,) at 16 kHz; silence follows its end. Encoded are at most the 8 s up to the
         last of these frames: features of a chunk never depend on the future, and their cost does
-        not grow with the recording."""
-        if start < 0 or not 1 <= frames <= CONTEXT:
-            raise ValueError(f"features() makes 1 to {CONTEXT} frames from start >= 0: "
+        not grow with the recording. With a window they are exactly that long, zeros included."""
+        if start < 0 or not 1 <= frames <= self.context:
+            raise ValueError(f"features() makes 1 to {self.context} frames from start >= 0: "
                              f"not {frames} from {start}")
         end = start + frames
-        begin = max(0, end - CONTEXT)
-        sound = audio[begin * HOP:end * HOP]
+        begin = end - self.context if self.window else max(0, end - self.context)
+        sound = audio[max(0, begin) * HOP:end * HOP]
         sound = torch.as_tensor(sound, dtype=torch.float32, device=self.device)
-        padding = (end - begin) * HOP - len(sound)
-        wave = nnf.pad(normalise(sound), (0, padding))
+        before = max(0, -begin) * HOP
+        after = (end - begin) * HOP - before - len(sound)
+        if self.window:
+            wave = normalise(nnf.pad(sound, (before, after)))
+        else:
+            wave = nnf.pad(normalise(sound), (0, after))
         return self.encode(wave[None])[0, start - begin:]           # (frames, L, A)
 
     def in_chunks(self, audio, frames, chunk=81):
@@ -176,9 +185,9 @@ def encoder_path(weights, name):
     return Path(weights) / name if name in KINDS else Path(name)
 
 
-def load_audio_encoder(weights, name, device="cpu"):
+def load_audio_encoder(weights, name, device="cpu", window=None):
     """The AudioEncoder that a weights folder's config.json calls `name`."""
-    return AudioEncoder(encoder_path(weights, name), device)
+    return AudioEncoder(encoder_path(weights, name), device, window)
 
 # --------------------------------------------------------------------------------------- projection
 

@@ -152,6 +152,37 @@ class Stopwatch(defaultdict):
         return time.perf_counter()
 
 
+def kept_in_block(dim, hidden, bf16):
+    """Bytes a token that autograd keeps inside a block of the DiT: counted, see the test."""
+    return 72 * dim + 4 * hidden if bf16 else 90 * dim + 8 * hidden
+
+
+def memory_plan(model, per_parameter, cfg, gpus, size, frames):
+    """What training needs on each GPU -> lines to print. Computed, not measured.
+
+    model: an AudioDiT on the meta device; per_parameter: bytes of weights, gradient, moments and
+    averages for each of its parameters, which the GPUs share; cfg: micro_batch, bf16 and
+    checkpointing. ValueError for sizes that no chunk has."""
+    if gpus < 1 or size < 16 or size % 16 or frames % 4 != 1:
+        raise ValueError(f"--plan-memory {gpus} {size} {frames}: it takes the number of GPUs, "
+                         "pixels of a side (16 k), frames of a chunk (4 k + 1)")
+    D, hidden, layers = model.config.dim, model.config.ffn_dim, model.config.layers
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = cfg.micro_batch * (1 + (frames - 1) // 4) * (size // 16) ** 2
+    inside = tokens * kept_in_block(D, hidden, cfg.bf16)
+    blocks = 1 if cfg.checkpointing else layers                     # whose insides are kept at once
+    parts = {"weights_and_optimizers": per_parameter * parameters / gpus,
+             "inputs_of_blocks": 4 * D * tokens * layers if cfg.checkpointing else 0,
+             "inside_blocks": inside * blocks}
+    parts["total"] = sum(parts.values())
+    lines = [f"memory of each of {gpus} GPUs, computed, not measured; {size} x {size} pixels, "
+             f"{frames} frames, {cfg.micro_batch} rows a call, {parameters / 1e9:.3f} B parameters"]
+    lines += [f"{name}: {value / 2**30:.1f} GiB" for name, value in parts.items()]
+    copies = 2 * parameters / 2**30
+    return "\n".join([*lines, f"not counted: bfloat16 copies under autocast ({copies:.1f} GiB a "
+                      "network), the frozen VAE and audio encoder, the decode of Eq. 16 and 17"])
+
+
 def init_distributed(device):
     """Join the process group that torchrun made -> (rank, number of processes), else (0, 1)."""
     if "RANK" not in os.environ:
@@ -484,6 +515,47 @@ def check_output(path):
         raise ValueError(f"cannot write to {path}: {error.strerror}") from None
     if is_other or not os.access(real.parent, os.W_OK):
         raise ValueError(f"cannot write to {path}")
+
+
+# sRGB <-> linear light <-> CIE XYZ <-> CIE Lab, in which equal distances look about equal.
+RGB_TO_XYZ = torch.tensor([[0.4124564, 0.3575761, 0.1804375],
+                           [0.2126729, 0.7151522, 0.0721750],
+                           [0.0193339, 0.1191920, 0.9503041]])
+WHITE = RGB_TO_XYZ.sum(1)                                           # XYZ of r = g = b = 1 (D65)
+LAB_LINEAR, LAB_SLOPE = 0.008856, 903.3                             # a cube root, linear near black
+
+
+def rgb_to_lab(rgb):
+    """(..., 3) in [0, 1] -> (..., 3): L in 0..100, a and b around 0"""
+    light = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = light @ RGB_TO_XYZ.T.to(rgb) / WHITE.to(rgb)
+    root = xyz.clamp(min=LAB_LINEAR) ** (1 / 3)
+    x, y, z = torch.where(xyz > LAB_LINEAR, root, (LAB_SLOPE * xyz + 16) / 116).unbind(-1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+def lab_to_rgb(lab):
+    """The inverse; colours that no screen has are clamped to [0, 1]."""
+    L, a, b = lab.unbind(-1)
+    y = (L + 16) / 116
+    root = torch.stack([y + a / 500, y, y - b / 200], -1)
+    xyz = torch.where(root ** 3 > LAB_LINEAR, root ** 3, (116 * root - 16) / LAB_SLOPE)
+    light = (xyz * WHITE.to(lab)) @ RGB_TO_XYZ.inverse().T.to(lab)
+    curved = 1.055 * light.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
+    return torch.where(light > 0.0031308, curved, 12.92 * light).clamp(0, 1)
+
+
+def match_colours(video, portrait):
+    """Give every frame the portrait's mean and deviation of L, a and b, over all pixels.
+
+    video (B, 3, T, H, W), portrait (B, 3, H, W), in [-1, 1] -> (B, 3, T, H, W). Colours can then
+    not drift; nor can the light change. As SoulX-FlashHead does with every chunk."""
+    lab = rgb_to_lab(video.permute(0, 2, 3, 4, 1) / 2 + 0.5)        # (B, T, H, W, 3)
+    goal = rgb_to_lab(portrait[:, :, None].permute(0, 2, 3, 4, 1) / 2 + 0.5)
+    std, mean = torch.std_mean(lab, (2, 3), correction=0, keepdim=True)
+    goal_std, goal_mean = torch.std_mean(goal, (2, 3), correction=0, keepdim=True)
+    scale = torch.where(std > 1e-6, goal_std / std, 1.0)            # a flat frame stays flat
+    return lab_to_rgb((lab - mean) * scale + goal_mean).permute(0, 4, 1, 2, 3) * 2 - 1
 
 
 class VideoWriter:

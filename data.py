@@ -479,6 +479,8 @@ def encode_clips(clips, vae, audio_encoder, identity_reference, cache, cfg, devi
     key = [5, fingerprint(vae.encoder, vae.conv1), fingerprint(audio_encoder.model),
            vae.config.latents_mean, vae.config.latents_std, identity_reference.__qualname__,
            cfg.frames, cfg.continuity_frames, cfg.offsets, cfg.references, cfg.encode_bf16]
+    if audio_encoder.window:                        # other features from the same weights
+        key.append(audio_encoder.window)
     cache.mkdir(parents=True, exist_ok=True)
     chunks, jobs = [], []
     for number, clip in enumerate(clips):

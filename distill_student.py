@@ -51,6 +51,7 @@ import torch.nn.functional as nnf
 from PIL import Image
 from tqdm import tqdm
 
+import dit
 import infer
 from common import (
     PresetOnly,
@@ -65,6 +66,7 @@ from common import (
     log,
     log_line,
     make_adamw,
+    memory_plan,
     one_line_errors,
     parse_args,
     run_folder,
@@ -107,6 +109,7 @@ class Files:
     resume: bool = False                    # continue from the checkpoint in RUN_DIR
     overwrite: bool = False                 # replace the run that RUN_DIR holds
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
+    plan_memory: tuple[int, int, int] | None = None     # GPUs, pixels, frames: print memory, end
 
 
 # PresetOnly: set by the preset, no flag. "not in our copy": see train_teacher.py.
@@ -680,6 +683,12 @@ def main(argv=None):
     stopped = "stopped; --resume continues from the last checkpoint"
     with one_line_errors("distill_student.py", stopped), run_folder(files):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        if files.plan_memory:
+            with torch.device("meta"):
+                model = dit.AudioDiT(dit.PRESETS[files.preset])
+            per_parameter = 20 + 16 + 4                 # student with EMA, critic without, teacher
+            print(memory_plan(model, per_parameter, cfg, *files.plan_memory))
+            return
         run(files, cfg)
 
 

@@ -61,6 +61,7 @@ class Options:
     long_videos: int = 1                # how many of them
     steps: Annotated[int | None, FromWeights] = None        # denoising steps of a chunk
     guidance: Annotated[float | None, FromWeights] = None   # teacher's audio guidance, 1: none
+    match_colour: bool = False          # as infer.py's
     seed: int = 0                       # noise of the first clip; the next clip has the next seed
     size: int | None = None             # pixels along each side (default: the generated videos')
     every: int = 12                     # every n-th frame goes into FID, KID and identity
@@ -207,6 +208,7 @@ def generate(options, paths, notes):
     for network in options.networks:
         try:
             models = infer.load(options.weights, network, options.device, options.dtype)
+            models.match_colour = options.match_colour
         except FileNotFoundError as error:
             notes.append(f"{network} is left out: {error}")
             continue

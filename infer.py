@@ -42,7 +42,7 @@ from dit import (
     student_sigmas,
 )
 from tre import IDENTITY, continuity_reference
-from vae import WanVAE, load_vae
+from vae import PreviewDecoder, WanVAE, load_preview_decoder, load_vae
 
 # ------------------------------------------------------------------------------------------- models
 
@@ -63,6 +63,8 @@ class Models:
     timestep_shift: float               # 1: even noise levels, more: denser near noise
     guidance: float = 1.0               # the teacher's audio guidance, 1 = none
     guide: Callable = classifier_free_guidance                      # the teacher's guidance rule
+    match_colour: bool = False          # every frame gets the portrait's colour statistics
+    preview: PreviewDecoder | None = None                           # decodes instead of the VAE
 
 
 def load(weights="weights/tiny", network="student", device="auto", dtype="auto"):
@@ -87,7 +89,7 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
     except Exception as error:          # whatever a damaged file or a wrong number raises
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the weights in {folder} do not fit together: {reason}") from None
-    audio = load_audio_encoder(folder, audio_name, device)
+    audio = load_audio_encoder(folder, audio_name, device, config.get("audio_window"))
     made = vae.config.z_dim, audio.layers, audio.dim
     read = dit.config.channels, dit.config.audio_layers, dit.config.audio_dim
     if made != read:
@@ -176,7 +178,10 @@ def generate(models, image, audio, seed=0, steps=None, guidance=None, continuity
         z = denoise(models, noise, z_id, features, kappa, steps, guidance, generator)
         skip = min(n, T - n) if start else 0    # shown before, and not needed for kappa
         end = start + skip                                          # of what is decoded
-        for video in decode(models.vae, z, skip, min(T, total - start), clock):
+        decoder = models.preview or models.vae
+        for video in decode(decoder, z, skip, min(T, total - start), clock):
+            if models.match_colour:                                 # before it is shown or encoded
+                video = common.match_colours(video, image)
             new = video[0, :, max(0, shown - end):total - end]      # without those shown before
             end += video.shape[2]
             shown += new.shape[1]
@@ -228,6 +233,7 @@ def decode(vae, z, skip, frames, clock):
 # --------------------------------------------------------------------------------------------- main
 
 FromWeights = tyro.conf.arg(metavar="NUMBER", help_behavior_hint="(default: as in the weights)")
+FromVAE = tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the VAE's own decoder)")
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,8 @@ class Options:
     steps: Annotated[int | None, FromWeights] = None                # denoising steps of a chunk
     guidance: Annotated[float | None, FromWeights] = None           # audio guidance, teacher only
     continuity_mode: Literal["reencode", "latents"] = "reencode"    # kappa: the paper's or App. D's
+    match_colour: bool = False          # give each frame the portrait's colour statistics
+    preview_decoder: Annotated[Path | None, FromVAE] = None         # file taew2_1: fast, softer
     seed: int = 0                       # same seed, same video
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"          # auto: a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"          # of network and decoder
@@ -258,6 +266,9 @@ def prepare(options):
     models = load(options.weights, options.network, options.device, options.dtype)
     check_options(models, options.seed, options.steps, options.guidance, options.continuity_mode)
     image = common.load_image(options.image, models.size)
+    models.match_colour = options.match_colour
+    if options.preview_decoder:
+        models.preview = load_preview_decoder(options.preview_decoder, models.vae)
     if not models.trained:
         print(f"note: this {models.network} is untrained: the video is noise", file=sys.stderr)
     if models.network == "student" and options.steps not in (None, models.steps):

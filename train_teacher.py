@@ -55,6 +55,7 @@ from common import (
     log,
     log_line,
     make_adamw,
+    memory_plan,
     one_line_errors,
     parse_args,
     run_folder,
@@ -92,6 +93,7 @@ class Files:
     resume: bool = False                    # continue from the checkpoint in RUN_DIR
     overwrite: bool = False                 # replace the run that RUN_DIR holds
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
+    plan_memory: tuple[int, int, int] | None = None     # GPUs, pixels, frames: print memory, end
 
 
 # PresetOnly: set by the preset, no flag. "not in our copy": the paper gives it, but we wrote from a
@@ -481,7 +483,8 @@ def load_frozen(weights, device):
     missing = {"size", "audio", "vae"} - config.keys()
     if missing:
         raise ValueError(f"{path} lacks {' and '.join(sorted(missing))}")
-    return config, load_vae(weights, device), load_audio_encoder(weights, config["audio"], device)
+    encoder = load_audio_encoder(weights, config["audio"], device, config.get("audio_window"))
+    return config, load_vae(weights, device), encoder
 
 
 def load_init(model, path):
@@ -515,7 +518,7 @@ def find_chunks(files, cfg, size, vae, encoder, device, rank, world):
 
 def export(files, config, model, ema, cfg, **more):
     """RUN_DIR/weights, or --out: a folder with all that infer.py needs."""
-    kept = {key: config[key] for key in ("size", "audio", "vae")}
+    kept = {key: config[key] for key in ("size", "audio", "audio_window", "vae") if key in config}
     sampling = {"steps": cfg.sample_steps, "timestep_shift": cfg.timestep_shift,
                 "guidance": cfg.guidance}
     new = {"frames": cfg.frames, "continuity_frames": cfg.continuity_frames,
@@ -530,6 +533,12 @@ def main(argv=None):
     stopped = "stopped; --resume continues from the last checkpoint"
     with one_line_errors("train_teacher.py", stopped), run_folder(files):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        if files.plan_memory:
+            with torch.device("meta"):
+                model = AudioDiT(dit.PRESETS[cfg.network])
+            per_parameter = 20                          # weight, gradient, two moments, EMA: 4 each
+            print(memory_plan(model, per_parameter, cfg, *files.plan_memory))
+            return
         device, _ = select_device(files.device)
         rank, world = init_distributed(device)
         config, vae, encoder = load_frozen(files.weights, device)

@@ -17,6 +17,9 @@ WARNINGS = (
 def pytest_configure(config):
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+    config.addinivalue_line("markers", "slow: full size, minutes and gigabytes; run by -m slow")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
 
 
 @pytest.fixture(scope="module")

@@ -578,7 +578,7 @@ class LoudnessEncoder:
     """Stands in for audio.AudioEncoder: each frame's loudness, and where the sound was cut off."""
 
     def __init__(self):
-        self.model = torch.nn.Linear(1, 1)
+        self.model, self.window = torch.nn.Linear(1, 1), None
 
     def features(self, sound, start, frames):
         loudness = np.abs(sound[start * HOP:(start + frames) * HOP].reshape(-1, HOP)).mean(1)
@@ -715,6 +715,9 @@ def test_the_cache_is_made_once_and_again_for_other_weights(clips, tmp_path, mon
     other = copy.deepcopy(audio_encoder)
     next(other.model.parameters()).data[0] += 1
     assert calls_of(vae=vae, audio_encoder=other)[0] == 3
+    windowed = copy.deepcopy(audio_encoder)
+    windowed.window = 8                                     # the same weights, other features
+    assert calls_of(vae=vae, audio_encoder=windowed)[0] == 3
     scaled = copy.deepcopy(vae)
     scaled.config.latents_std = (2.0,)
     assert calls_of(vae=scaled, audio_encoder=audio_encoder)[0] == 3

@@ -223,7 +223,7 @@ def test_every_ground_floor_file_is_in_the_reading_order():
 
 CODE = {(path, kind): re.findall(rf"^```{kind}\n(.*?)^```", read(path), re.M | re.S)
         for path in DOCS for kind in ("bash", "python")}
-NOT_OURS = ("pip", "cd", "cp", "git", "ruff")                       # first words of other commands
+NOT_OURS = ("pip", "cd", "cp", "git", "hf", "ruff")                 # first words of other commands
 HELP = {}
 
 
@@ -337,10 +337,11 @@ def test_a_wrong_command_is_found():
 # ------------------------------------------------------------------------------- files and blocks
 
 # What commands make, or what a reader brings along.
-MADE = ("runs/", "talking", "weights/wan", "weights/mine", "report/", "report.", "cache",
-        "log.jsonl", "samples.png", "checkpoint.safetensors", "drift.png", "sheet.jpg", "clips",
-        "tests/test_exercise.py", "wan.safetensors", "Wan2.1_VAE.pth", "docs/tips.md",
-        "diffusion_pytorch_model.safetensors", "distill_mine.py", "student.safetensors")
+MADE = ("runs/", "talking", "weights/wan", "weights/mine", "weights/flashhead", "report/",
+        "report.", "cache", "log.jsonl", "samples.png", "checkpoint.safetensors", "drift.png",
+        "sheet.jpg", "clips", "tests/test_exercise.py", "wan.safetensors", "Wan2.1_VAE.pth",
+        "docs/tips.md", "diffusion_pytorch_model.safetensors", "distill_mine.py",
+        "student.safetensors")
 NAME = r"`([\w./-]+(?:\.(?:py|md|txt|json|jsonl|safetensors|flac|jpg|png|svg|webp|toml)|/))`"
 
 

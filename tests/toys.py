@@ -17,7 +17,7 @@ SMALL_VAE = VAEConfig(dim=8, z_dim=24, dim_mult=(1, 1, 2, 2), num_res_blocks=1,
 
 class FakeAudioEncoder:
     """Features that can be checked: the loudness of a frame, begin and end of the window."""
-    layers, dim, model = 2, 3, torch.nn.Linear(1, 1)
+    layers, dim, window, model = 2, 3, None, torch.nn.Linear(1, 1)
 
     def features(self, audio, start, frames):
         out = torch.zeros(frames, 2, 3)

@@ -75,8 +75,8 @@ class Files:
 @dataclass(frozen=True)
 class DecoderConfig:
     steps: int = 4000                       # optimiser steps, about 3 s each on one core
-    lr: float = 1e-3                        # of the decoder, falls linearly to late_lr
-    late_lr: float = 1e-4                   # ... at adversarial_from, and then to zero
+    lr: float = 1e-3                        # of the decoder's first stage (Muon), to a tenth of it
+    late_lr: float = 2e-4                   # ... of its second stage (Adam), to zero
     critic_lr: float = 2e-4                 # of the critic
     warmup: int = 50                        # steps to the peak learning rate
     adversarial_from: int = 600             # step from which the critic and VGG have a say
@@ -367,9 +367,9 @@ def validate(vae, clips, path):
 
 
 def make_optimizer(named, lr, cfg):
-    """Muon for the decoder, Adam with a short memory for the critic."""
-    is_decoder = any(name.startswith("per_frame") for name in named)
-    return Muon(named, lr) if is_decoder else Muon(named, lr, prefix=None, betas=(0.5, 0.9))
+    """Muon for reconstruction. Adam with a short memory against a critic: Muon moves as far along
+    the critic's noise as along its mean, and the picture's error doubled in a hundred steps."""
+    return Muon(named, lr) if lr == cfg.lr else Muon(named, lr, prefix=None, betas=(0.5, 0.9))
 
 
 def optimise(network, optimizer):
@@ -381,13 +381,11 @@ def optimise(network, optimizer):
 
 
 def learning_rate(step, cfg):
-    """Of the decoder, in two straight lines. The critic's is constant."""
+    """Of the decoder. The critic's is constant."""
     first = cfg.adversarial_from
-    if step < first:
-        rate = cfg.lr + (cfg.late_lr - cfg.lr) * step / first
-    else:
-        rate = cfg.late_lr * (cfg.steps - step) / (cfg.steps - first)
-    return min(1, (step + 1) / cfg.warmup) * rate
+    if step >= first:
+        return cfg.late_lr * (cfg.steps - step) / (cfg.steps - first)
+    return min(1, (step + 1) / cfg.warmup) * cfg.lr * (1 - 0.9 * step / first)
 
 
 def train(cfg, files, clips, stills, held_out):
@@ -402,9 +400,9 @@ def train(cfg, files, clips, stills, held_out):
     decoder = vae.decoder.requires_grad_(True)
     critic = Critic()
     buffers = {f"critic.{k}": b for k, b in critic.named_buffers()}
-    state = TrainState({"decoder": decoder, "critic": critic},
-                       {"decoder": cfg.lr, "critic": cfg.critic_lr}, "decoder", cfg,
-                       make_optimizer, buffers)
+    networks = {"decoder": decoder, "late": decoder, "critic": critic}
+    lrs = {"decoder": cfg.lr, "late": cfg.late_lr, "critic": cfg.critic_lr}
+    state = TrainState(networks, lrs, "decoder", cfg, make_optimizer, buffers)
     path, start = files.run_dir / "checkpoint.safetensors", 0
     if files.resume and path.exists():
         may_change = "steps", "save_minutes"
@@ -424,7 +422,6 @@ def train(cfg, files, clips, stills, held_out):
 
         # TRAIN
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-        state.optimizers["decoder"].param_groups[0]["lr"] = learning_rate(step, cfg)
         given, true, video = draw_batch(clips, rows, stills, vae, cfg, generator)
         cut = look(video, cfg.pictures, generator)
         decoder_too = step >= cfg.adversarial_from
@@ -435,7 +432,9 @@ def train(cfg, files, clips, stills, held_out):
             raise ValueError(f"loss is {loss.item()} at step {step}; "
                              f"the last good checkpoint is {path}")
         output.backward(gradient)
-        norm = optimise(vae.decoder, state.optimizers["decoder"])
+        optimizer = state.optimizers["late" if decoder_too else "decoder"]
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
+        norm = optimise(vae.decoder, optimizer)
         state.update_ema(cfg.ema, step)
         if step >= cfg.adversarial_from - 100:                      # the critic learns a little
             painted = cut(output.detach())                          # earlier than it is asked
@@ -473,6 +472,8 @@ def export(folder, vae, init):
 def run(files, cfg):
     if cfg.steps < 1 or cfg.warmup < 1:
         raise ValueError("--steps and --warmup must be at least 1")
+    if len({cfg.lr, cfg.late_lr, cfg.critic_lr}) < 3 and cfg.lr in (cfg.late_lr, cfg.critic_lr):
+        raise ValueError("--lr is Muon's and must differ from --late-lr and --critic-lr")
     split = {}
     for part in ("train", "val"):
         folder = ClipFolder(files.data, SIZE, part, files.cache, need_audio=False)
