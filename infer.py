@@ -228,7 +228,8 @@ def decode(vae, z, skip, frames, clock):
         with clock("decode"):
             video = next(pieces)
         made += video.shape[2]
-        yield video
+        if video.shape[2]:                                          # not all of it was skipped
+            yield video
 
 # --------------------------------------------------------------------------------------------- main
 
