@@ -30,8 +30,8 @@ from measure.landmarks import (
 )
 
 # The framing of the training pictures (medians of 1000), in shares of the square's side.
-EYES_APART = 0.244          # distance of the eye centres in 3-D, so that a turned head is no smaller
-EYES_HEIGHT = 0.44          # middle of the eyes below the upper edge; sideways they are in the middle
+EYES_APART = 0.244          # distance of the eye centres, in 3-D: turning a head changes it little
+EYES_HEIGHT = 0.44          # middle of the eyes below the upper edge; sideways it is in the middle
 
 AS_FRAMED = 1.2             # "framed already": the side is right within this factor,
 OFF_CENTRE = 0.05           # its middle within this share of the side,
