@@ -1,6 +1,6 @@
 """Finds the face in a photo and cuts out the square that the networks were trained on.
 
-    portrait, note, warnings = frame_face(image, size)      # Pillow image -> Pillow image
+    portrait, note, warnings = frame_face(path, image, size)    # Pillow image -> Pillow image
 
 The face finder sees 128 x 128 pixels, so the photo is searched as a whole and then in tiles of half
 the side, a quarter and so on, until there is a face. The 478 points of a face give the square: how
@@ -158,17 +158,17 @@ def cut_out(image, square, size):
     return part.resize((size, size), Image.Resampling.LANCZOS, box)
 
 
-def frame_face(image, size, number=None):
+def frame_face(path, image, size, number=None):
     """A portrait for the networks: Pillow RGB image -> (image of size x size, note, [warning]).
 
     number: which face, 1 is the largest; None: the largest, with a warning if there are more.
-    note: what was done, in words. ValueError if there is no such face."""
+    note: what was done, in words. ValueError, about `path`, if there is no such face."""
     faces = find_faces(np.asarray(image))
     count = len(faces)
     if not count:
-        raise ValueError("there is no face in the picture (--crop none takes it as it is)")
+        raise ValueError(f"{path}: there is no face in it (--crop none takes it as it is)")
     if number is not None and not 1 <= number <= count:
-        raise ValueError(f"there is no face {number}: {count} found, 1 is the largest")
+        raise ValueError(f"{path}: there is no face {number}, only {count}; 1 is the largest")
     face = faces[(number or 1) - 1]
     square = square_of(face.points)
     if is_framed(square, image.width, image.height):
