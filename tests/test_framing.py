@@ -67,7 +67,7 @@ def distance(square, other):
 
 
 @pytest.mark.parametrize("width, height, side, middle, roll", [
-    (800, 600, 56, (600, 160), 12),                 # far away
+    (640, 480, 64, (500, 130), 12),                 # far away
     (270, 480, 90, (140, 60), 0),                   # somebody who stands
     (480, 640, 200, (100, 500), -20),               # cut by the photo's edge
     (640, 480, 300, (320, 240), 45),                # leaning over
