@@ -8,6 +8,7 @@ an hour. The video is streamed as a fragmented MP4, which a <video> element play
 Live, the video is behind the voice by the sound of a chunk, see infer.py, and the computing.
 """
 import queue
+import re
 import tempfile
 import threading
 import time
@@ -35,6 +36,7 @@ Use faces and voices only with the consent of their owners. Do not imitate real 
 authorization, and do not use this to deceive in politics or trade, to harass, or to harm. Say that
 a video is synthetic wherever you show it (AsymTalker, arXiv 2605.02948, Appendix K).
 """
+FACES = ["the largest face", "the second face", "the third face", "the whole picture (a drawing)"]
 
 
 @dataclass(frozen=True)
@@ -137,15 +139,16 @@ class App:
         self.load = lru_cache(maxsize=1)(infer.load)
         self.load(str(options.weights))         # a wrong folder ends the program, not a video
 
-    def look(self, photo, weights):
+    def look(self, photo, face, weights):
         """The crop and what was done, before anything is made."""
         from measure.framing import frame_face
-        if photo is None:
-            return None, ""
+        if photo is None or face == 3:
+            return photo, ""
         with errors_in_the_page():
             picture = common.read_picture(photo)
             size = self.load(weights).size
-            portrait, note, warnings = frame_face("the photo", picture, size)
+            number = face + 1 if face else None         # not chosen: a second one is said
+            portrait, note, warnings = frame_face("the photo", picture, size, number)
         return portrait, "  \n".join([note, *(f"**Warning:** {line}" for line in warnings)])
 
     def begin(self, agreed, photo, sound, request: gr.Request):
@@ -166,12 +169,13 @@ class App:
             stream.stopped = True
             stream.sound.put(None)
 
-    def prepare(self, photo, weights):
+    def prepare(self, photo, face, weights):
         models = self.load(weights)
         picture = common.read_picture(photo)
-        return models, infer.load_portrait("the photo", picture, models.size)
+        crop = "none" if face == 3 else "face"
+        return models, infer.load_portrait("the photo", picture, models.size, crop, face + 1)
 
-    def make(self, photo, sound, seed, weights, request: gr.Request,
+    def make(self, photo, face, sound, seed, weights, request: gr.Request,
              progress=gr.Progress()):  # noqa: B008 (Gradio looks for it here)
         """A photo and a recording -> an mp4; the stream gets it piece by piece."""
         stream = self.streams[request.session_hash]
@@ -180,7 +184,7 @@ class App:
             if len(audio) > self.options.longest * SAMPLE_RATE:
                 raise ValueError(f"{len(audio) / SAMPLE_RATE:.0f} s of sound are too long: at most "
                                  f"{self.options.longest:.0f} s (--longest)")
-            models, image = self.prepare(photo, weights)
+            models, image = self.prepare(photo, face, weights)
             stream.open(models.size, with_sound=True)
             total = -(-len(audio) // HOP)
             out = self.folder / f"talking-{time.time_ns()}.mp4"
@@ -193,11 +197,11 @@ class App:
                         break
         return str(out) if out.exists() else None
 
-    def speak(self, photo, seed, weights, request: gr.Request):
+    def speak(self, photo, face, seed, weights, request: gr.Request):
         """Live: a photo and a microphone -> how far the video is behind, until it is off."""
         stream = self.streams[request.session_hash]
         with errors_in_the_page(stream):
-            models, image = self.prepare(photo, weights)
+            models, image = self.prepare(photo, face, weights)
             stream.open(models.size, with_sound=False)
             for frames in infer.generate(models, image, stream.blocks(), int(seed)):
                 behind = stream.samples / SAMPLE_RATE - stream.frames / FPS
@@ -229,7 +233,8 @@ class App:
             with gr.Row():
                 with gr.Column():
                     photo = gr.Image(label="Photo of a face", type="filepath", height=300,
-                                     sources=["upload", "webcam"])
+                                     image_mode=None, sources=["upload", "webcam"], buttons=[])
+                    face = gr.Dropdown(FACES, value=FACES[0], type="index", label="Animate")
                     sound = gr.Audio(label="Speak" if live else "Recording", streaming=live,
                                      type="numpy" if live else "filepath",
                                      sources=["microphone"] if live else ["upload", "microphone"])
@@ -246,16 +251,17 @@ class App:
                     video = gr.Video(label="Finished video", visible=not live, height=300,
                                      buttons=["download"])
             gr.Examples([EXAMPLE[:1] if live else EXAMPLE], [photo] if live else [photo, sound])
-            photo.change(self.look, [photo, weights], [crop, note])
+            for changed in (photo, face):
+                changed.change(self.look, [photo, face, weights], [crop, note])
             begin = self.begin, [agreed, photo, sound], [screen, video]
             if live:
                 sound.start_recording(*begin).success(
-                    self.speak, [photo, seed, weights], behind, concurrency_limit=1)
+                    self.speak, [photo, face, seed, weights], behind, concurrency_limit=1)
                 sound.stream(self.receive, sound, stream_every=0.2, concurrency_limit=8)
                 sound.stop_recording(self.stop)
             else:
                 make.click(*begin).success(
-                    self.make, [photo, sound, seed, weights], video, concurrency_limit=1)
+                    self.make, [photo, face, sound, seed, weights], video, concurrency_limit=1)
                 stop.click(self.stop, queue=False)
             page.unload(self.leave)
         return page
@@ -267,7 +273,8 @@ def errors_in_the_page(stream=None):
     try:
         yield
     except (OSError, ValueError, av.FFmpegError) as error:
-        raise gr.Error(str(error), duration=30, print_exception=False) from None
+        words = re.sub(r"\S*/(?=[^/\s]+)", "", str(error))           # without the upload's folder
+        raise gr.Error(words, duration=30, print_exception=False) from None
     finally:
         if stream:
             stream.close()
@@ -281,7 +288,8 @@ def main(argv=None):
         page = app.page().queue(max_size=4)
         server, *_ = page.launch(
             server_name="127.0.0.1", server_port=options.port, share=options.share, quiet=True,
-            max_file_size=options.largest, prevent_thread_lock=True, allowed_paths=[folder])
+            max_file_size=options.largest, show_error=True, allowed_paths=[folder],
+            prevent_thread_lock=True)
         server.add_api_route("/stream/{key}", app.send)
         print(f"open http://127.0.0.1:{options.port}", flush=True)
         page.block_thread()

@@ -166,7 +166,7 @@ def frame_face(path, image, size, number=None):
     faces = find_faces(np.asarray(image))
     count = len(faces)
     if not count:
-        raise ValueError(f"{path}: there is no face in it (--crop none takes it as it is)")
+        raise ValueError(f"{path}: there is no face in it (a drawing is taken with --crop none)")
     if number is not None and not 1 <= number <= count:
         raise ValueError(f"{path}: there is no face {number}, only {count}; 1 is the largest")
     face = faces[(number or 1) - 1]
@@ -192,5 +192,5 @@ def complaints(face, count):
              f"the face is turned by {turn:.0f} degrees: one that looks ahead is animated better":
              turn > TURNED,
              f"the face may be covered (certainty {face.presence:.2f})": face.presence < COVERED,
-             f"{count} faces: the largest is taken, --face 2 takes the next": count > 1}
+             f"{count} faces: the largest is taken, another one if asked for (--face 2)": count > 1}
     return [sentence for sentence, holds in wrong.items() if holds]

@@ -491,7 +491,7 @@ BAD_FLAGS = [
     ("weights", "nowhere", "config.json is missing"),
     ("steps", "0", "steps"), ("seed", "-1", "seed"), ("device", "cuda", "no cuda"),
     ("guidance", "2", "the student takes no --guidance"),
-    ("crop", "face", "me.png: there is no face in it (--crop none")]
+    ("crop", "face", "me.png: there is no face in it")]
 
 
 def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypatch):
