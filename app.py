@@ -36,6 +36,9 @@ Use faces and voices only with the consent of their owners. Do not imitate real 
 authorization, and do not use this to deceive in politics or trade, to harass, or to harm. Say that
 a video is synthetic wherever you show it (AsymTalker, arXiv 2605.02948, Appendix K).
 """
+# A browser waits until it can play without a pause. Live it should show the newest second.
+CATCH_UP = ("const end = this.buffered.length ? this.buffered.end(0) : 0; "
+            "if (end - this.currentTime > 2.5) { this.currentTime = end - 1; this.play(); }")
 FACES = ["the largest face", "the second face", "the third face", "the whole picture (a drawing)"]
 
 
@@ -160,8 +163,9 @@ class App:
         key = request.session_hash
         self.stop(request)
         self.streams[key] = Stream()
-        return (f'<video src="/stream/{key}?{time.time()}" autoplay controls '
-                f'{"muted" if self.options.live else ""} style="height: 300px"></video>'), None
+        live = f'muted onprogress="{CATCH_UP}"' if self.options.live else ""
+        return (f'<video src="/stream/{key}?{time.time()}" autoplay controls {live} '
+                'style="height: 300px"></video>'), None
 
     def stop(self, request: gr.Request):
         stream = self.streams.get(request.session_hash)

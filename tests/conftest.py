@@ -17,6 +17,9 @@ WARNINGS = (
 def pytest_configure(config):
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+    config.addinivalue_line("markers", "browser: drives a real Chromium; only with -m browser")
+    if not config.option.markexpr:
+        config.option.markexpr = "not browser"
 
 
 @pytest.fixture(scope="module")
