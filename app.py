@@ -9,6 +9,7 @@ Live, the video is behind the voice by the sound of a chunk, see infer.py, and t
 """
 import queue
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -18,15 +19,20 @@ from functools import lru_cache
 from pathlib import Path
 
 import av
-import gradio as gr
 import numpy as np
 import tyro
-from fastapi.responses import StreamingResponse
 
 import common
 import infer
 from audio import load_audio
 from data import FPS, HOP, SAMPLE_RATE
+
+try:
+    import gradio as gr
+    from fastapi.responses import StreamingResponse
+except ImportError:
+    print("app.py: there is no Gradio: pip install -r requirements-app.txt", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).parent
 EXAMPLE = [str(ROOT / "assets" / name) for name in ("portrait.jpg", "speech.flac")]

@@ -66,6 +66,15 @@ def test_a_microphone_of_any_rate_becomes_16_khz_blocks(stream):
     expected = 8000 / 32768 * 2 * np.pi * 440 / 16000               # steepest step of the tone
     assert np.abs(np.diff(sound[200:])).max() < 1.1 * expected
 
+
+
+def test_without_gradio_it_says_what_to_install():
+    """Property: the page is an extra; without its package there is one line and exit code 2."""
+    code = "import sys; sys.modules['gradio'] = None; import app"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == "app.py: there is no Gradio: pip install -r requirements-app.txt\n"
+
 # ------------------------------------------------------------------------------------ in Chromium
 
 
