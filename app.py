@@ -244,6 +244,8 @@ class App:
                 with gr.Column():
                     photo = gr.Image(label="Photo of a face", type="filepath", height=300,
                                      image_mode=None, sources=["upload", "webcam"], buttons=[])
+                    # Gradio would open the file first, and say more than a line if it cannot
+                    photo.preprocess = lambda file: file.path if file else None
                     face = gr.Dropdown(FACES, value=FACES[0], type="index", label="Animate")
                     sound = gr.Audio(label="Speak" if live else "Recording", streaming=live,
                                      type="numpy" if live else "filepath",
