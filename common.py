@@ -20,7 +20,7 @@ from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -484,12 +484,12 @@ MADE_BY = ("Synthetic video: a machine animated one picture to one recording "
 
 
 def load_image(path, size):
-    """A picture -> float32 (1, 3, size, size) in [-1, 1]: its centre square.
+    """A picture -> float32 (1, 3, size, size) in [-1, 1]: its centre square. See read_picture."""
+    return centre_square(read_picture(path), size)
 
-    What read_picture takes and refuses. ValueError under 16 px, too."""
-    image = read_picture(path)
-    if min(image.size) < 16:
-        raise ValueError(f"{path} is only {image.width} x {image.height} pixels: a face needs more")
+
+def centre_square(image, size):
+    """Pillow RGB image -> float32 (1, 3, size, size) in [-1, 1]"""
     image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
@@ -640,6 +640,22 @@ class VideoWriter:
                 os.replace(self.part, self.path)
         finally:
             self.part.unlink(missing_ok=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        """A video that Ctrl-C stopped is kept, a failed one is not."""
+        self.close(keep=error in (None, KeyboardInterrupt))
+
+
+def write_preview(path, video, seconds=4):
+    """The first seconds of a video file -> an animated WebP, at half the rate, for a README."""
+    with av.open(str(video)) as file:
+        frames = [frame.to_image() for frame in islice(file.decode(video=0), 0, seconds * FPS, 2)]
+    write_aside(path, lambda part: frames[0].save(
+        part, "WEBP", save_all=True, append_images=frames[1:], duration=2000 // FPS, loop=0,
+        quality=80))
 
 
 def palette_filter(size):

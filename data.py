@@ -68,14 +68,15 @@ def to_uint8(video):
 def square_crop(width, height, box=None):
     """Eq. 20: the square that is cut out of a picture -> x0, y0, x1, y1 in pixels.
 
-    Without a face box (x0 y0 x1 y1, pixels) the largest in the middle; else one around the face in
-    which the box is as high as FACE_BOX, if there is room."""
+    Without a face box (x0 y0 x1 y1, pixels) the largest in the middle; else one in which the box is
+    as high as FACE_BOX and where FACE_BOX is, if there is room."""
     side = min(width, height)
     x, y = width / 2, height / 2                # the centre
     if box is not None:
         face = max(box[2] - box[0], box[3] - box[1])
         side = min(side, face / (FACE_BOX[3] - FACE_BOX[1]))
-        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        x = (box[0] + box[2]) / 2
+        y = (box[1] + box[3]) / 2 - ((FACE_BOX[1] + FACE_BOX[3]) / 2 - 0.5) * side
     x0 = min(max(x - side / 2, 0), width - side)
     y0 = min(max(y - side / 2, 0), height - side)
     return x0, y0, x0 + side, y0 + side

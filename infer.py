@@ -1,6 +1,7 @@
-"""Makes a talking-head video of any length from one portrait and one recording. Section 3.4.
+"""Makes a talking-head video of any length from one photo and one recording. Section 3.4.
 
     python infer.py --image me.jpg --audio speech.wav               writes talking.mp4
+    python infer.py --image photos --audio a.wav b.wav --out DIR    each with each: DIR/me-a.mp4 ...
 
 The chunk loop is the whole method:
 
@@ -15,16 +16,20 @@ The video has ceil(seconds * 25) frames. Memory does not grow with its length, e
 recording itself (230 MB an hour). It is also a library:
 
     for frames in generate(load("weights/tiny"), image, audio):     # uint8 (T', H, W, 3)
+
+audio may also be an iterator of blocks, as a microphone makes them. A chunk cannot start before its
+sound is there: T / 25 s for the first chunk, then (T - n) / 25 s (the small preset: 1.3 and 1 s).
 """
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, count, product
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 from safetensors import safe_open
@@ -32,7 +37,7 @@ from tqdm import tqdm
 
 import common
 from audio import AudioEncoder, load_audio, load_audio_encoder
-from data import FPS, HOP, to_uint8
+from data import FPS, HOP, PICTURES, VIDEOS, media_files, to_uint8
 from dit import (
     AudioDiT,
     DiTConfig,
@@ -41,6 +46,7 @@ from dit import (
     sample_teacher,
     student_sigmas,
 )
+from media import read_picture
 from tre import IDENTITY, continuity_reference
 from vae import PreviewDecoder, WanVAE, load_preview_decoder, load_vae
 
@@ -148,8 +154,9 @@ def generate(models, image, audio, seed=0, steps=None, guidance=None, continuity
              clock=None):
     """The chunk loop. Yields uint8 (T', H, W, 3) pieces, ceil(samples / 640) frames in all.
 
-    image (1, 3, H, W) in [-1, 1]; audio (samples,) float32 at 16 kHz. steps, guidance: None is what
-    the weights say; the student takes no guidance. continuity_mode "reencode" is the paper's,
+    image (1, 3, H, W) in [-1, 1]; audio (samples,) float32 at 16 kHz, or an iterator of its blocks:
+    same frames, each chunk as soon as its sound is there. steps, guidance: None is what the weights
+    say; the student takes no guidance. continuity_mode "reencode" is the paper's,
     "latents" takes the last latents as they are, Appendix D's comparison. clock: a Stopwatch.
     Same seed, same frames. ValueError, at the first frame, for values outside these."""
     # PLUMBING: options, and the stages, each timed by the clock
@@ -167,12 +174,17 @@ def generate(models, image, audio, seed=0, steps=None, guidance=None, continuity
     # PAPER section 3.4
     T, n = models.frames, models.continuity_frames
     m = 1 + (n - 1) // 4                                            # latents of n frames
-    total = -(-len(audio) // HOP)                                   # frames of the video: ceil
-    shown = 0                                                       # of them yielded so far
+    blocks = iter([audio] if hasattr(audio, "shape") else audio)
+    audio = np.zeros(0, np.float32)                                 # what of it is there
+    shown = 0                                                       # frames yielded so far
     tail = image[:, :, None][:, :, :0]                              # (1, 3, <= n, H, W), newest
     z_id = encode_identity(models.vae, image, T)                    # (1, C, F, h, w), Eq. 3
     kappa = z_id[:, :, :1]                                          # frame 0 is the portrait
-    for start in range(0, total, T - n):                            # first frame of the chunk
+    for start in count(0, T - n):                                   # first frame of the chunk
+        audio = listen(audio, blocks, (start + T) * HOP)
+        total = -(-len(audio) // HOP)                               # frames of the video: ceil
+        if shown == total:
+            return                                                  # that was the last chunk
         features = encode_audio(audio, start, T)[None]              # (1, T, L, A), 0 after the end
         noise = torch.randn(z_id.shape, generator=generator).to(image.device)
         z = denoise(models, noise, z_id, features, kappa, steps, guidance, generator)
@@ -188,12 +200,20 @@ def generate(models, image, audio, seed=0, steps=None, guidance=None, continuity
             tail = torch.cat([tail, video], 2)[:, :, -n:]
             if new.shape[1]:
                 yield to_uint8(new)
-        if shown == total:
-            return                                                  # that was the last chunk
         if continuity_mode == "reencode":
             kappa = reencode(models.vae, tail, n)                   # (1, C, m, h, w), section 3.2
         else:
             kappa = z[:, :, -m:]                                    # Appendix D's comparison
+
+
+def listen(audio, blocks, samples):
+    """Append blocks to audio (samples',) until there are enough, or the recording is over."""
+    parts = [audio] if len(audio) else []
+    have = len(audio)
+    while have < samples and (block := next(blocks, None)) is not None:
+        parts.append(np.asarray(block, np.float32))
+        have += len(block)
+    return np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else audio
 
 
 def check_options(models, seed, steps, guidance, continuity_mode):
@@ -233,15 +253,21 @@ def decode(vae, z, skip, frames, clock):
 
 # --------------------------------------------------------------------------------------------- main
 
+SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".wma"}     # in a folder
 FromWeights = tyro.conf.arg(metavar="NUMBER", help_behavior_hint="(default: as in the weights)")
 FromVAE = tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the VAE's own decoder)")
+Largest = tyro.conf.arg(metavar="NUMBER", help_behavior_hint="(default: 1, the largest)")
+Unmade = tyro.conf.arg(metavar="FILE.webp", help_behavior_hint="(default: not made)")
 
 
 @dataclass(frozen=True)
 class Options:
-    image: Path                         # portrait (jpg, png, webp ...): one face that looks ahead
-    audio: Path                         # recording (wav, flac, mp3, ogg, m4a, mp4 ...)
-    out: Path = Path("talking.mp4")     # video to write: .mp4 .mov .mkv .webm or (silent) .gif
+    image: Path                         # photo of a face (jpg, png, webp ...), or a folder of them
+    audio: tuple[Path, ...]             # recordings (wav, mp3, m4a, mp4 ...) or folders of them
+    out: Path = Path("talking.mp4")     # .mp4 .mov .mkv .webm or (silent) .gif; of several: folder
+    preview: Annotated[Path | None, Unmade] = None      # an animated picture of the first 4 s
+    crop: Literal["face", "none"] = "face"      # none: the centre square as it is; for drawn faces
+    face: Annotated[int | None, Largest] = None         # which face of several, by size
     weights: Path = Path(__file__).parent / "weights/tiny"          # folder with config.json
     network: Literal["student", "teacher"] = "student"              # which one makes the video
     steps: Annotated[int | None, FromWeights] = None                # denoising steps of a chunk
@@ -256,17 +282,46 @@ class Options:
     bench: bool = False                 # print seconds by stage, first-frame latency, peak memory
 
 
+def load_portrait(path, picture, size, crop="face", face=None):
+    """Pillow image -> float32 (1, 3, size, size) in [-1, 1]: its face, framed as in training.
+
+    Prints what was done, and warnings on stderr. ValueError if there is no (such) face."""
+    if crop == "face":
+        from measure.framing import frame_face
+        picture, note, warnings = frame_face(path, picture, size, face)
+        common.say(f"face: {note}")
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    return common.centre_square(picture, size)
+
+
+def list_videos(options):
+    """Flags -> [(photo, recording, video to write)]. ValueError for an impossible --out."""
+    def files(path, endings):
+        return media_files(path, endings) if path.is_dir() else [path]
+
+    photos = files(options.image, PICTURES)
+    recordings = [file for path in options.audio for file in files(path, SOUNDS | VIDEOS)]
+    pairs, outs = list(product(photos, recordings)), [options.out]
+    if not pairs:
+        raise ValueError("no picture or no recording is in the folder")
+    if len(options.audio) > 1 or options.image.is_dir() or options.audio[0].is_dir():
+        if options.out.suffix and not options.out.is_dir():
+            raise ValueError(f"several videos need a folder, --out DIR, not {options.out}")
+        options.out.mkdir(exist_ok=True)
+        outs = [options.out / f"{photo.stem}-{sound.stem}.mp4" for photo, sound in pairs]
+    inputs = {path.resolve() for path in photos + recordings}
+    for out in outs:
+        common.check_output(out)
+        if out.resolve() in inputs or outs.count(out) > 1:
+            raise ValueError(f"{out} is one of the inputs, or two videos: choose another name")
+    return [(*pair, out) for pair, out in zip(pairs, outs)]
+
+
 def prepare(options):
-    """Flags -> (models, image, audio). Notes on stderr; ValueError for an impossible --out."""
-    out = options.out
-    if os.path.realpath(out) in map(os.path.realpath, (options.audio, options.image)):
-        raise ValueError(f"{out} is one of the inputs: choose another --out")
-    common.check_output(out)
-    common.load_image(options.image, 16)                            # a bad one ends it before load
-    audio = load_audio(options.audio)
+    """Flags -> models. Notes on stderr; ValueError for options that do not fit them."""
     models = load(options.weights, options.network, options.device, options.dtype)
     check_options(models, options.seed, options.steps, options.guidance, options.continuity_mode)
-    image = common.load_image(options.image, models.size)
     models.match_colour = options.match_colour
     if options.preview_decoder:
         models.preview = load_preview_decoder(options.preview_decoder, models.vae)
@@ -276,40 +331,46 @@ def prepare(options):
         print(f"note: this student was distilled for {models.steps} steps", file=sys.stderr)
     if options.compile:
         models.dit.compile(dynamic=False)
-    return models, image, audio
+    return models
+
+
+def make_video(options, models, image, audio, sound, out):
+    """One video with this sound (see VideoWriter), and its figures on stdout."""
+    began = time.perf_counter()
+    clock = common.Stopwatch()
+    pieces = generate(models, image, audio, options.seed, options.steps, options.guidance,
+                      options.continuity_mode, clock)
+    bar = tqdm(total=-(-len(audio) // HOP), unit="frame", disable=None)
+    with bar, common.VideoWriter(out, models.size, sound) as writer:
+        for frames in pieces:
+            if not writer.frames:
+                first = time.perf_counter() - began
+            with clock("write"):
+                writer.write(frames)
+            bar.update(len(frames))
+    seconds = time.perf_counter() - began
+    common.say(f"video: {out}\nframes: {writer.frames}\nseconds: {writer.frames / FPS:.2f}\n"
+               f"frames_per_second: {writer.frames / seconds:.1f}")
+    if options.preview:
+        common.write_preview(options.preview, out)
+    if options.bench:
+        for stage, spent in clock.items():
+            common.say(f"{stage}_seconds: {spent:.2f}\n{stage}_share: {spent / seconds:.3f}")
+        common.say(f"first_frame_seconds: {first:.2f}\npeak_memory: {common.peak_memory()}")
 
 
 def run(options):
     began = time.perf_counter()
-    models, image, audio = prepare(options)
-    ready = time.perf_counter()
-    clock = common.Stopwatch()
-    pieces = generate(models, image, audio, options.seed, options.steps, options.guidance,
-                      options.continuity_mode, clock)
-    is_pipe = not options.audio.is_file()                           # which can be read once
-    writer = common.VideoWriter(options.out, models.size, audio if is_pipe else options.audio)
-    try:
-        with tqdm(total=-(-len(audio) // HOP), unit="frame", disable=None) as bar:
-            for frames in pieces:
-                if not writer.frames:
-                    first = time.perf_counter() - ready
-                with clock("write"):
-                    writer.write(frames)
-                bar.update(len(frames))
-    except BaseException as error:
-        writer.close(keep=isinstance(error, KeyboardInterrupt))
-        raise
-    with clock("write"):
-        writer.close()
-    seconds = time.perf_counter() - ready
-    common.say(f"video: {options.out}\nframes: {writer.frames}\n"
-               f"seconds: {writer.frames / FPS:.2f}\n"
-               f"frames_per_second: {writer.frames / seconds:.1f}")
+    videos = list_videos(options)
+    inputs = ((read_picture(photo), load_audio(recording)) for photo, recording, _ in videos)
+    first = next(inputs)                # bad files are refused before the weights are loaded
+    models = prepare(options)
     if options.bench:
-        for stage, spent in clock.items():
-            common.say(f"{stage}_seconds: {spent:.2f}\n{stage}_share: {spent / seconds:.3f}")
-        common.say(f"load_seconds: {ready - began:.2f}\nfirst_frame_seconds: {first:.2f}\n"
-                   f"peak_memory: {common.peak_memory()}")
+        common.say(f"load_seconds: {time.perf_counter() - began:.2f}")
+    for (photo, recording, out), (picture, audio) in zip(videos, chain([first], inputs)):
+        image = load_portrait(photo, picture, models.size, options.crop, options.face)
+        sound = recording if recording.is_file() else audio         # a pipe can be read once
+        make_video(options, models, image, audio, sound, out)
 
 
 def main(argv=None):

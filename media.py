@@ -59,8 +59,8 @@ def default_track(container, kind):
 def read_picture(path):
     """Any picture of FORMATS -> a Pillow image: upright, RGB as in sRGB, on white if transparent.
 
-    Of an animation the first one. FileNotFoundError, or ValueError for what is not a picture or
-    over MAX_PIXELS."""
+    Of an animation the first one. FileNotFoundError, or ValueError for what is not a picture, under
+    16 px or over MAX_PIXELS."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such picture: {path}")
@@ -71,7 +71,7 @@ def read_picture(path):
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{path} has {image.width} x {image.height} pixels: "
                                      "too many, scale it down first")
-                return to_rgb(ImageOps.exif_transpose(image))
+                image = to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         raise ValueError(f"{path} has far too many pixels: scale it down first") from None
     except UnidentifiedImageError:
@@ -80,6 +80,9 @@ def read_picture(path):
     except (OSError, SyntaxError, EOFError, RuntimeError, MemoryError) as error:
         reason = str(error) or type(error).__name__                 # Pillow's, for damaged files
         raise ValueError(f"{path} cannot be read as a picture: {reason}") from None
+    if min(image.size) < 16:
+        raise ValueError(f"{path} is only {image.width} x {image.height} pixels: a face needs more")
+    return image
 
 
 def to_rgb(image):

@@ -16,11 +16,11 @@ Left out: hands over the face (DWPose); learned quality (DOVER), which is the sh
 import csv
 import importlib
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from common import one_line_errors, say, write_aside, write_mp4
 from data import (
+    FACE_BOX,
     FPS,
     HOP,
     VIDEOS,
@@ -46,6 +47,7 @@ class Config:
     raw: tyro.conf.Positional[Path]         # folder of raw videos
     clips: tyro.conf.Positional[Path]       # folder for the clips and report.csv; without clips yet
     syncnet: Path | None = None             # weights of a SyncNet; None: no filter by lip sync
+    crop: Literal["face", "none"] = "face"  # none: centre squares, no check; for drawn faces
     size: int = 256                         # side of the clips, pixels
     longest: float = 20.0                   # longer scenes are divided, seconds
     cut: float = 5.0                        # change between frames that is a cut, grey levels
@@ -112,35 +114,27 @@ def scenes_of(grey, cut, longest):
 
 
 def face_detector():
-    """OpenCV's Haar cascade as a function, or None and a warning if there is no OpenCV 4.
+    """The face finder of infer.py as a function, or what a test puts in its place.
 
-    uint8 (H, W, 3) -> the largest face, x0 y0 x1 y1 from brow to chin in pixels, or None."""
-    try:
-        import cv2
-        weights = cv2.data.haarcascades + "haarcascade_frontalface_default.xml"
-        cascade = cv2.CascadeClassifier
-    except (ImportError, AttributeError):
-        print("warning: no face detector: centred crops, faces not checked. "
-              "For one: pip install 'opencv-python-headless<5'", file=sys.stderr)
-        return None
+    uint8 (H, W, 3) -> x0 y0 x1 y1 in pixels: where the largest face has FACE_BOX, or None."""
+    from measure.framing import find_faces, square_of
 
-    def haar_face(picture):
-        scale = max(1, min(picture.shape[:2]) // 240)
-        grey = np.asarray(Image.fromarray(picture).convert("L").reduce(scale))
-        found = cascade(weights).detectMultiScale(grey, 1.1, 4, minSize=(40, 40))
-        if not len(found):
+    def face_box(picture):
+        faces = find_faces(picture, deeper=0)
+        if not faces:
             return None
-        x, y, w, _ = max(found, key=lambda box: box[2])
-        return scale * np.array([x + 0.1 * w, y + 0.01 * w, x + 0.9 * w, y + 1.08 * w])
+        square = square_of(faces[0].points)
+        corner = square.x - square.side / 2, square.y - square.side / 2
+        return np.array(corner * 2) + square.side * np.array(FACE_BOX)
 
-    return haar_face
+    return face_box
 
 
 def measure_scene(frames, audio, boxes):
     """The figures of Eq. 21 and 22 -> {name: number}.
 
     frames uint8 (T, H, W, 3), audio int16 (640 T,), boxes: the faces of some frames, None where
-    there is no face; an empty list without a detector, and then there is no rho."""
+    there is no face; an empty list with --crop none, and then there is no rho."""
     grey, sound = small_grey(frames, 128), audio / 32768
     below, above = grey[:, 2:, 1:-1], grey[:, :-2, 1:-1]
     right, left = grey[:, 1:-1, 2:], grey[:, 1:-1, :-2]
@@ -267,7 +261,7 @@ def prepare(cfg, sync_score=None):
     check(cfg, files)
     note_unread(cfg.raw)
     cfg.clips.mkdir(parents=True, exist_ok=True)
-    faces, names = face_detector(), clip_names(files)
+    faces, names = face_detector() if cfg.crop == "face" else None, clip_names(files)
     rows, kept = [], {}                     # kept: file name -> source id, visual hash
     for path in tqdm(files, "preparing", unit="video", disable=None):
         rows += prepare_video(path, names[path], cfg, kept, faces, sync_score)
@@ -281,7 +275,7 @@ def main(argv=None):
         if cfg.syncnet is None:
             print("no SyncNet given: Sync-C/D not filtered")
             sync_score = None
-        else:                               # only here does this program need the room measure/
+        else:
             sync = importlib.import_module("measure.sync")
             sync_score = sync.syncnet_scorer(cfg.syncnet)
         rows = prepare(cfg, sync_score)

@@ -282,6 +282,11 @@ class Face(NamedTuple):
     box: torch.Tensor           # (4,) x0, y0, x1, y1: brows to chin
     keypoints: torch.Tensor     # (6, 2) left and right eye, nose tip, mouth, left and right ear
 
+    def moved(self, x, y):
+        """The same face, x to the right and y down."""
+        by = self.box.new_tensor([x, y])
+        return Face(self.score, self.box + by.repeat(2), self.keypoints + by)
+
     def region(self):
         """-> (1, 4), as regions_of."""
         low, high = self.box.view(2, 2)
@@ -376,10 +381,17 @@ class Landmarker(nn.Module):
     def _search(self, picture):
         """Detect, then _look twice, so that the detector's box matters little. -> as _look"""
         faces = self._detect(picture, PRESENT)
-        if not faces:
-            return None
-        found = self._look(picture, faces[0].region())
+        return self._refine(picture, faces[0]) if faces else None
+
+    def _refine(self, picture, face):
+        found = self._look(picture, face.region())
         return found and self._look(picture, regions_of(found[0]))
+
+    @torch.no_grad()
+    def refine(self, image, face):
+        """A detected face of uint8 (H, W, 3) -> points (478, 3), presence; None if it is none."""
+        found = self._refine(self.pictures(image[None]), face)
+        return found and (found[0][0].cpu(), found[1].item())
 
     def mesh(self, crops):
         """Faces float (N, 3, 256, 256) in [0, 1] -> points (N, 478, 3) in pixels of the crop.

@@ -18,8 +18,9 @@ def pytest_configure(config):
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)
     config.addinivalue_line("markers", "slow: full size, minutes and gigabytes; run by -m slow")
+    config.addinivalue_line("markers", "browser: drives a real Chromium; only with -m browser")
     if not config.option.markexpr:
-        config.option.markexpr = "not slow"
+        config.option.markexpr = "not slow and not browser"
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,8 @@ def video(models, image, audio, **options):
 def command(files, weights, *more):
     """Arguments of the program"""
     return ["--image", str(files / "me.png"), "--audio", str(files / "speech.wav"),
-            "--out", str(files / "o.mp4"), "--weights", str(weights), *map(str, more)]
+            "--out", str(files / "o.mp4"), "--weights", str(weights), "--crop", "none",
+            *map(str, more)]
 
 
 def part_files(folder):
@@ -188,6 +189,25 @@ def test_continuity_mode_latents_is_another_video(models, image, monkeypatch):
     b = video(models, image, speech(4), continuity_mode="latents")
     assert np.array_equal(a[:81], b[:81]) and not np.array_equal(a[81:], b[81:])
     assert torch.equal(chunks[3][0], chunks[2][1][:, :, -3:])
+
+
+def test_live_frames_are_those_of_the_whole_recording(models, image):
+    """Property: sound that comes block by block makes the same frames, each chunk as soon as the
+    sound of its own 81 frames is there, and not before."""
+    audio = speech(4.01)
+    taken = []
+
+    def microphone():
+        for begin in range(0, len(audio), 1000):
+            taken.append(begin + 1000)
+            yield audio[begin:begin + 1000]
+    pieces, when = [], []
+    for frames in infer.generate(models, image, microphone()):
+        pieces.append(frames)
+        when.append(taken[-1])
+    assert np.array_equal(np.concatenate(pieces), video(models, image, audio))
+    assert 81 * HOP <= when[0] < 81 * HOP + 1000 and max(when) >= len(audio)
+    assert not list(infer.generate(models, image, iter([])))    # nobody spoke
 
 
 def test_the_clock_counts_every_stage_and_changes_nothing(models, image):
@@ -349,6 +369,36 @@ def test_silence_is_allowed(weights, files):
     assert (files / "o.mp4").stat().st_size > 1000
 
 
+def test_each_photo_with_each_recording(weights, files, capsys):
+    """Property: folders and lists of inputs make one video a pair, in a folder, and its preview; a
+    video is a recording, too."""
+    for folder in ("photos", "sounds"):
+        (files / folder).mkdir()
+    for name in "ab":
+        shutil.copy(files / "me.png", files / "photos" / f"{name}.png")
+    soundfile.write(files / "sounds" / "one.wav", speech(0.2), SAMPLE_RATE)
+    frames = np.zeros((10, 32, 32, 3), np.uint8)
+    common.write_mp4(files / "two.mp4", frames, np.int16(speech(0.4) * 32767))
+    inputs = ["--image", files / "photos", "--audio", files / "sounds", files / "two.mp4"]
+    infer.main(command(files, weights, *inputs, "--out", files / "made", "--preview",
+                       files / "begin.webp"))
+    lengths = {}
+    for path in (files / "made").iterdir():
+        with av.open(str(path)) as file:
+            lengths[path.name] = sum(1 for _ in file.decode(video=0))
+    assert lengths.pop("a-one.mp4") == lengths.pop("b-one.mp4") == 5
+    assert lengths.pop("a-two.mp4") in (10, 11, 12)             # AAC comes in blocks of 64 ms
+    assert lengths.keys() == {"b-two.mp4"}
+    with Image.open(files / "begin.webp") as preview:
+        assert preview.n_frames in (5, 6) and preview.size == (32, 32)
+    assert capsys.readouterr().out.count("video: ") == 4
+    for wrong, words in ((["--out", files / "o.mp4"], "--out DIR"),
+                         (["--audio", files / "empty", "--out", files / "made"], "no recording"),
+                         (["--audio", *[files / "two.mp4"] * 2, "--out", files / "made"], "two")):
+        (files / "empty").mkdir(exist_ok=True)
+        assert words in refuse(command(files, weights, *inputs, *wrong), capsys)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_and_kill_keep_what_was_made(weights, files, monkeypatch, capsys, name):
     """Property: a stopped run leaves a file that plays, with the frames made so far.
@@ -435,7 +485,7 @@ BAD_FLAGS = [
     ("image", "nobody.png", "no such"), ("image", "text.png", "not a picture"),
     ("image", "cut.png", "cannot be read"), ("image", "drawing.eps", "not a picture"),
     ("image", "drawing.png", "not a picture"), ("image", "dot.png", "1 x 1"),
-    ("image", "huge.png", "scale it down"), ("image", ".", "no such"),
+    ("image", "huge.png", "scale it down"), ("image", ".", "--out DIR"),
     ("audio", "nothing.wav", "no such"), ("audio", "text.wav", "text.wav"),
     ("audio", "empty.wav", "empty.wav"), ("audio", "nan.wav", "nan.wav"),
     ("out", "folder.mp4", "cannot write"), ("out", "no/where.mp4", "cannot write"),
@@ -443,7 +493,8 @@ BAD_FLAGS = [
     ("out", "me.png", "inputs"), ("out", "speech.wav", "inputs"),
     ("weights", "nowhere", "config.json is missing"),
     ("steps", "0", "steps"), ("seed", "-1", "seed"), ("device", "cuda", "no cuda"),
-    ("guidance", "2", "the student takes no --guidance")]
+    ("guidance", "2", "the student takes no --guidance"),
+    ("crop", "face", "me.png: there is no face in it")]
 
 
 def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypatch):

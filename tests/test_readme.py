@@ -13,6 +13,7 @@ import json
 import re
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,8 @@ def complaints(command):
         return []
     if not (ROOT / f"{module.replace('.', '/')}.py").is_file():
         return [f"no program {module}"]
+    if module == "app" and find_spec("gradio") is None:
+        return []                                                   # it has no --help without
     wrong = []
     for i, word in enumerate(arguments):
         name, _, value = word.partition("=")
