@@ -42,7 +42,7 @@ ONLY_CONSTANTS = ("common", "vae", "tre", "audio")  # of data these import capit
 
 GROUND_FLOOR_FILES = 14
 MODULES_OF_A_STAGE = 9
-FLAGS = {"train_teacher": ("TeacherConfig", 26), "distill_student": ("StudentConfig", 30)}
+FLAGS = {"train_teacher": ("TeacherConfig", 27), "distill_student": ("StudentConfig", 30)}
 LINE = 100
 FUNCTION = 70
 README_LINES = 250

@@ -163,6 +163,7 @@ def test_the_hinge_loss_is_zero_beyond_its_margin():
 
 
 def test_options_that_make_no_sense_end_in_a_line(tmp_path, capsys):
+    """Property: they are refused before anything is read or written."""
     with pytest.raises(SystemExit) as error:
         T.main(["--data", str(tmp_path), "--steps", "0"])
     assert error.value.code == 2
