@@ -312,9 +312,9 @@ def list_videos(options):
         outs = [options.out / f"{photo.stem}-{sound.stem}.mp4" for photo, sound in pairs]
     inputs = {path.resolve() for path in photos + recordings}
     for out in outs:
-        common.check_output(out)
         if out.resolve() in inputs or outs.count(out) > 1:
             raise ValueError(f"{out} is one of the inputs, or two videos: choose another name")
+        common.check_output(out)
     return [(*pair, out) for pair, out in zip(pairs, outs)]
 
 

@@ -340,7 +340,8 @@ def test_a_wrong_command_is_found():
 # ------------------------------------------------------------------------------- files and blocks
 
 # What commands make, or what a reader brings along.
-MADE = ("runs/", "talking", "weights/wan", "weights/mine", "weights/flashhead", "report/",
+MADE = ("runs/", "talking", "split.json", "weights/wan", "weights/mine", "weights/flashhead",
+        "report/",
         "report.", "cache", "log.jsonl", "samples.png", "checkpoint.safetensors", "drift.png",
         "sheet.jpg", "clips", "tests/test_exercise.py", "wan.safetensors", "Wan2.1_VAE.pth",
         "docs/tips.md", "diffusion_pytorch_model.safetensors", "distill_mine.py",

@@ -403,6 +403,8 @@ def train(cfg, files, clips, stills, held_out):
     networks = {"decoder": decoder, "late": decoder, "critic": critic}
     lrs = {"decoder": cfg.lr, "late": cfg.late_lr, "critic": cfg.critic_lr}
     state = TrainState(networks, lrs, "decoder", cfg, make_optimizer, buffers)
+    for name, _ in decoder.named_parameters():          # the same tensors as "decoder"'s
+        del state.tensors[f"late.{name}"]
     path, start = files.run_dir / "checkpoint.safetensors", 0
     if files.resume and path.exists():
         may_change = "steps", "save_minutes"
