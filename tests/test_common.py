@@ -322,8 +322,8 @@ def test_printing_decides_nothing(monkeypatch, capsys, closed):
 
 
 PROGRAMS = ["infer", "train_teacher", "distill_student", "evaluate", "data", "prepare_data",
-            "synthetic.puppet", "tiny.train_vae", "tiny.train_audio", "tiny.teacher",
-            "tiny.student"]
+            "synthetic.puppet", "tiny.train_vae", "tiny.train_decoder", "tiny.train_audio",
+            "tiny.teacher", "tiny.student"]
 
 
 def descriptions(text):

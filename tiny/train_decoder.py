@@ -39,12 +39,13 @@ from common import (
     load_checkpoint,
     one_line_errors,
     parse_args,
+    run_folder,
     save_checkpoint,
     save_image,
     write_json,
     write_safetensors,
 )
-from data import ClipFolder, to_tensor, to_uint8
+from data import ClipFolder, fingerprint, to_tensor, to_uint8
 from dit import add_noise, predict, x0_from_velocity
 from measure.pixels import sharpness
 from tiny.linear import LinearEncoder
@@ -70,6 +71,7 @@ class Files:
     out: Path = Path("runs/decoder/weights")    # folder of the weights
     run_dir: Path = Path("runs/decoder")    # folder of the checkpoint, the log and the sample grid
     resume: bool = False                    # go on from the checkpoint
+    overwrite: bool = False                 # replace the run that --run-dir holds
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,12 @@ def latents_of(clip, models, generator, sigma):
 
 
 def all_latents(folder, clips, models, cfg):
-    """latents_of every clip, kept in a folder: a second run finds them there."""
+    """latents_of every clip, kept in a folder: a second run finds them there.
+
+    Other weights, levels of noise or seeds have a folder of their own."""
+    weights = fingerprint(models.vae.encoder, models.vae.conv1, models.dit)
+    low, high = cfg.sigma
+    folder = folder / f"{weights}-{low}-{high}-{cfg.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i, clip in enumerate(tqdm(clips, "latents", unit="clip", disable=None)):
@@ -483,8 +490,9 @@ def run(files, cfg):
     clips = [clip for clip in split["train"] if len(clip.frames) >= 33]
     stills = [clip for clip in split["train"] if len(clip.frames) == 1]
     held_out = [clip for clip in split["val"] if len(clip.frames) >= 33]
-    if not clips:
-        raise ValueError(f"no training clip of 33 frames in {' '.join(map(str, files.data))}")
+    if not clips or not held_out:
+        part = "held-out" if clips else "training"
+        raise ValueError(f"no {part} clip of 33 frames in {' '.join(map(str, files.data))}")
     print(f"{len(clips)} clips, {len(stills)} pictures, {len(held_out)} held out | "
           f"{json.dumps(asdict(cfg))}", flush=True)
     train(cfg, files, clips, stills, held_out)
@@ -493,7 +501,8 @@ def run(files, cfg):
 def main(argv=None):
     files, cfg = parse_args(__doc__, Files, {"tiny": DecoderConfig()}, argv)
     with one_line_errors("tiny.train_decoder", "stopped; --resume goes on"):
-        run(files, cfg)
+        with run_folder(files):
+            run(files, cfg)
 
 
 if __name__ == "__main__":
