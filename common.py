@@ -162,7 +162,8 @@ def memory_plan(model, per_parameter, cfg, gpus, size, frames):
 
     model: an AudioDiT on the meta device; per_parameter: bytes of weights, gradient, moments and
     averages for each of its parameters, which the GPUs share; cfg: micro_batch, bf16 and
-    checkpointing. ValueError for sizes that no chunk has."""
+    checkpointing. A token has 16 x 16 pixels, as with every VAE of patch = 1 (Wan2.1's, those of
+    the presets). ValueError for sizes that no chunk has."""
     if gpus < 1 or size < 16 or size % 16 or frames % 4 != 1:
         raise ValueError(f"--plan-memory {gpus} {size} {frames}: it takes the number of GPUs, "
                          "pixels of a side (16 k), frames of a chunk (4 k + 1)")
@@ -178,9 +179,10 @@ def memory_plan(model, per_parameter, cfg, gpus, size, frames):
     lines = [f"memory of each of {gpus} GPUs, computed, not measured; {size} x {size} pixels, "
              f"{frames} frames, {cfg.micro_batch} rows a call, {parameters / 1e9:.3f} B parameters"]
     lines += [f"{name}: {value / 2**30:.1f} GiB" for name, value in parts.items()]
-    copies = 2 * parameters / 2**30
+    copies, temporary = 2 * parameters / 2**30, 4 * parameters / gpus / 2**30
     return "\n".join([*lines, f"not counted: bfloat16 copies under autocast ({copies:.1f} GiB a "
-                      "network), the frozen VAE and audio encoder, the decode of Eq. 16 and 17"])
+                      f"network), what AdamW's step needs on a GPU ({temporary:.1f} GiB, its "
+                      "foreach), the frozen VAE and audio encoder, the decode of Eq. 16 and 17"])
 
 
 def init_distributed(device):

@@ -19,6 +19,7 @@ VAE (0.5 GB).
 """
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -55,6 +56,7 @@ LICENCES = {
 RENAMED = {"proj1": "first", "proj1_vf": "rest", "proj2": "shared.1", "proj3": "shared.3",
            "norm": "norm"}                          # FlashHead's modules in audio_proj -> ours
 UNUSED = ("text_embedding.", "audio_emb.")          # FlashHead's forward reads neither
+KINDS = (torch.float32, torch.float16, torch.bfloat16)      # of a tensor's numbers
 
 # What inference must know (flash_head/configs/infer_params.yaml), beside the networks' sizes.
 FLASHHEAD = {
@@ -85,20 +87,30 @@ def find_source(name, model):
     return folder
 
 
+def read_json_object(path):
+    """A file -> dict. ValueError if it holds anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):            # RecursionError: thousands of brackets
+        data = None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return data
+
+
 def check_config(path, network, channels_in):
     """ValueError if a network's official config.json describes another one than `network`."""
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
-        raise ValueError(f"{path} is no JSON object") from None
+    config = read_json_object(path)
     if config.get("in_dim") == 256:
         raise ValueError(f"{path} is Model_Lite: it makes latents of the LTX VAE, another network "
                          "under a licence of its own. Only Model_Pro is converted")
     wanted = {"dim": network.dim, "ffn_dim": network.ffn_dim, "num_heads": network.heads,
-              "num_layers": network.layers, "in_dim": channels_in, "out_dim": network.channels,
-              "freq_dim": network.freq_dim, "eps": network.eps}
+              "num_layers": network.layers, "in_dim": channels_in, "out_dim": network.channels}
     other = [f"{key} {config.get(key)} instead of {value}" for key, value in wanted.items()
              if config.get(key) != value]
+    usual = {"freq_dim": network.freq_dim, "eps": network.eps}      # Wan's defaults: may be absent
+    other += [f"{key} {config[key]} instead of {value}" for key, value in usual.items()
+              if config.get(key, value) != value]
     if other:
         raise ValueError(f"{path} is another model: {', '.join(other)}")
 
@@ -117,8 +129,11 @@ def check_shapes(path, found, wanted):
 
 
 def check_tensor(path, name, tensor):
-    if not tensor.is_floating_point() or not tensor.isfinite().all():
-        raise ValueError(f"{path} is damaged: {name} is not made of finite numbers")
+    """ValueError for NaN and infinity, and for unusual kinds: fp8, sparse, meta ..."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.dtype not in KINDS or not tensor.isfinite().all():
+        raise ValueError(f"{path} is damaged: {name} is not made of finite float32, float16 or "
+                         "bfloat16 numbers")
     return tensor
 
 
@@ -129,16 +144,24 @@ def our_name(name):
     return f"{head}.{RENAMED.get(part, part)}.{last}" if head == "audio_proj" else name
 
 
+def shapes_in(path):
+    """.safetensors -> {name: shape}. ValueError if it is truncated, or none at all."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
 def read_network(path, wanted):
     """Official .safetensors -> iterator of (our name, tensor), one in memory at a time.
 
     wanted {our name: shape}: checked at once, before the first tensor is read."""
-    try:
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if not name.startswith(UNUSED)]
-            found = {our_name(name): file.get_slice(name).get_shape() for name in names}
-    except Exception as error:                      # truncated, or no .safetensors at all
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    shapes = shapes_in(path)
+    names = [name for name in shapes if not name.startswith(UNUSED)]
+    found = {our_name(name): shapes[name] for name in names}
+    if len(found) < len(names):
+        raise ValueError(f"{path} has a module of audio_proj under FlashHead's name and ours")
     check_shapes(path, found, wanted)
 
     def tensors():
@@ -189,8 +212,6 @@ def write_one_by_one(path, tensors, dtypes, shapes, metadata):
 @contextmanager
 def new_folder(out):
     """A hidden folder beside `out`, renamed to it at the end. On an error nothing is left."""
-    if out.exists():
-        raise ValueError(f"{out} exists: choose another folder, or delete it")
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     try:
@@ -214,17 +235,25 @@ def write_vae(path, folder, config):
 
 
 def write_audio(name, folder, network):
-    """A Wav2Vec2's folder is copied, a Hugging Face name is kept -> "audio" of config.json."""
+    """A Wav2Vec2's folder is copied, a Hugging Face name is kept -> "audio" of config.json.
+
+    Of a folder the sizes, the names of the tensors and the length of the file are checked."""
     source = Path(name)
-    if not source.exists():
+    if not source.is_dir():
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
+            raise ValueError(f"--audio {name} is no folder, and no Hugging Face name (owner/model)")
         return name
     for file in AUDIO_FILES:
         if not (source / file).is_file():
             raise FileNotFoundError(f"--audio {source} holds no audio encoder: {file} is missing")
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(source / "config.json")
     found = [config.get(key) for key in ("model_type", "num_hidden_layers", "hidden_size")]
     if found != ["wav2vec2", network.audio_layers, network.audio_dim]:
         raise ValueError(f"--audio {source} is another encoder: {found}")
+    tensors = shapes_in(source / "model.safetensors")
+    last = f"encoder.layers.{network.audio_layers - 1}.attention.q_proj.weight"
+    if not tensors.keys() & {last, f"wav2vec2.{last}"}:             # with a head: the longer name
+        raise ValueError(f"--audio {source} is another encoder: {last} is missing")
     (folder / "wav2vec2").mkdir()
     for file in AUDIO_FILES:
         shutil.copy(source / file, folder / "wav2vec2" / file)
@@ -247,7 +276,8 @@ def convert_flashhead(source, folder, options, network, vae_config):
     write_one_by_one(folder / "student.safetensors", tensors, dtypes, shapes, about)
     write_json(folder / "config.json", config)
     return (f"tensors: {len(shapes)}\n"
-            f"run: python infer.py --weights {options.out} --image me.jpg --audio speech.wav")
+            f"run: python infer.py --weights {options.out} --image me.jpg --audio speech.wav "
+            "--match-colour --crop none")
 
 
 def convert_wan(source, folder, options, network, vae_config):
@@ -279,12 +309,16 @@ class Options:
     model: tyro.conf.Positional[Literal["flashhead", "wan"]]        # what is converted
     source: tyro.conf.Positional[str]       # folder of official files, or a Hugging Face name
     out: tyro.conf.Positional[Path]         # the new folder of weights
-    dtype: Literal["float32", "bfloat16"] = "float32"   # of the blocks' matrices on disk
+    dtype: Literal["float32", "bfloat16"] = "float32"   # of the blocks' matrices (flashhead only)
     audio: str = "facebook/wav2vec2-base-960h"          # Wav2Vec2: a folder, or a Hugging Face name
 
 
 def convert(options, network=dit.PRESETS["wan-1.3b"], vae_config=vae.PRESETS["wan2.1"]):
     """Official files -> OUT, of exactly these sizes. -> what to run next, in words."""
+    if os.path.lexists(options.out):                # before anything is fetched
+        raise ValueError(f"{options.out} exists: choose another folder, or delete it")
+    if options.model == "wan" and options.dtype != "float32":
+        raise ValueError(f"wan writes no network: --dtype {options.dtype} would change nothing")
     source = find_source(options.source, options.model)
     with new_folder(options.out) as folder:
         return CONVERT[options.model](source, folder, options, network, vae_config)

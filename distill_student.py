@@ -101,7 +101,7 @@ from tre import continuity_reference, overwrite_continuity, temporal_reference_e
 
 @dataclass(frozen=True)
 class Files:
-    data: tuple[Path, ...]                  # folders of clips; those under two chunks are left out
+    data: tuple[Path, ...] = ()             # folders of clips; those under two chunks are left out
     preset: Literal["nano", "debug", "wan-1.3b"] = "nano"   # defaults of what follows
     weights: Path = Path("runs/teacher/weights")    # folder with the teacher
     run_dir: Path = Path("runs/student")    # checkpoint, log, samples
@@ -681,15 +681,18 @@ def run(files, cfg, **tricks):
 def main(argv=None):
     files, cfg = parse_args(__doc__, Files, PRESETS, argv)
     stopped = "stopped; --resume continues from the last checkpoint"
-    with one_line_errors("distill_student.py", stopped), run_folder(files):
+    with one_line_errors("distill_student.py", stopped):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
-        if files.plan_memory:
+        if files.plan_memory:                           # looks at no file, touches no run
             with torch.device("meta"):
                 model = dit.AudioDiT(dit.PRESETS[files.preset])
             per_parameter = 20 + 16 + 4                 # student with EMA, critic without, teacher
             print(memory_plan(model, per_parameter, cfg, *files.plan_memory))
             return
-        run(files, cfg)
+        if not files.data:
+            raise ValueError("--data is missing: one or more folders of clips")
+        with run_folder(files):
+            run(files, cfg)
 
 
 if __name__ == "__main__":

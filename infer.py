@@ -101,7 +101,7 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
     if made != read:
         raise ValueError(f"the weights in {folder} do not fit together: the {network} reads {read} "
                          f"latent channels, audio layers and numbers in a layer, not {made}")
-    dit = dit.to(device).eval().requires_grad_(False).cast_matrices(dtype)
+    dit = dit.eval().requires_grad_(False).cast_matrices(dtype).to(device)
     vae.decoder.to(dtype)               # the encoder stays float32: its rounding would enter
     vae.conv2.to(dtype)                 # every kappa, and the video would drift
     return Models(vae, dit, audio, network, trained=trained, guide=guide, **settings)

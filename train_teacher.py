@@ -84,7 +84,7 @@ from vae import load_vae
 
 @dataclass(frozen=True)
 class Files:
-    data: tuple[Path, ...]                  # folders of clips, see data.py
+    data: tuple[Path, ...] = ()             # folders of clips, see data.py
     preset: Literal["nano", "debug", "wan-1.3b"] = "nano"   # network and defaults of what follows
     weights: Path = Path("weights/tiny")    # folder with the VAE and the audio encoder
     init: Path | None = None                # start from these weights: ours, or official Wan2.1's
@@ -528,36 +528,44 @@ def export(files, config, model, ema, cfg, **more):
     return out
 
 
+def run(files, cfg):
+    """Load, train, export, report."""
+    device, _ = select_device(files.device)
+    rank, world = init_distributed(device)
+    config, vae, encoder = load_frozen(files.weights, device)
+    torch.manual_seed(cfg.seed)                     # the same first weights on every process
+    network = replace(dit.PRESETS[cfg.network], channels=vae.config.z_dim,
+                      audio_layers=encoder.layers, audio_dim=encoder.dim)
+    model = AudioDiT(network)
+    if files.init:
+        load_init(model, files.init)
+    chunks, val = find_chunks(files, cfg, config["size"], vae, encoder, device, rank, world)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{cfg}\nparameters: {millions:.1f} M\nchunks: {len(chunks)} to train on, "
+          f"{len(val)} for validation")
+    model = shard(model.to(device), device, world)
+    state, losses = train(cfg, model, vae, ChunkSampler(chunks), val, files.run_dir,
+                          files.resume, device, rank, world)
+    out = export(files, config, model, state.ema, cfg)
+    loss = np.mean(losses[-50:] or [np.nan])
+    say(f"steps: {cfg.steps}\nloss: {loss:.4f}\nweights: {out / 'teacher.safetensors'}")
+
+
 def main(argv=None):
     files, cfg = parse_args(__doc__, Files, PRESETS, argv)
     stopped = "stopped; --resume continues from the last checkpoint"
-    with one_line_errors("train_teacher.py", stopped), run_folder(files):
+    with one_line_errors("train_teacher.py", stopped):
         check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
-        if files.plan_memory:
+        if files.plan_memory:                           # looks at no file, touches no run
             with torch.device("meta"):
                 model = AudioDiT(dit.PRESETS[cfg.network])
             per_parameter = 20                          # weight, gradient, two moments, EMA: 4 each
             print(memory_plan(model, per_parameter, cfg, *files.plan_memory))
             return
-        device, _ = select_device(files.device)
-        rank, world = init_distributed(device)
-        config, vae, encoder = load_frozen(files.weights, device)
-        torch.manual_seed(cfg.seed)                     # the same first weights on every process
-        network = replace(dit.PRESETS[cfg.network], channels=vae.config.z_dim,
-                          audio_layers=encoder.layers, audio_dim=encoder.dim)
-        model = AudioDiT(network)
-        if files.init:
-            load_init(model, files.init)
-        chunks, val = find_chunks(files, cfg, config["size"], vae, encoder, device, rank, world)
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{cfg}\nparameters: {millions:.1f} M\nchunks: {len(chunks)} to train on, "
-              f"{len(val)} for validation")
-        model = shard(model.to(device), device, world)
-        state, losses = train(cfg, model, vae, ChunkSampler(chunks), val, files.run_dir,
-                              files.resume, device, rank, world)
-        out = export(files, config, model, state.ema, cfg)
-        loss = np.mean(losses[-50:] or [np.nan])
-        say(f"steps: {cfg.steps}\nloss: {loss:.4f}\nweights: {out / 'teacher.safetensors'}")
+        if not files.data:
+            raise ValueError("--data is missing: one or more folders of clips")
+        with run_folder(files):
+            run(files, cfg)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ weights/tiny is the same class with other widths; tiny/train_vae.py trains and m
    Continuity latents are therefore re-encoded from pixels, not copied from the end of the chunk
    before (Appendix D).
 
-Where the small VAE leaves Wan's way (patch = 2; Wan2.1: patch = 1): the encoder sees the means of
-2 x 2 pixels, and the decoder stops at a quarter of the picture's side, where a pixel shuffle lays
+A small VAE may leave Wan's way (patch = 2; Wan2.1: patch = 1): its encoder sees the means of
+2 x 2 pixels, and its decoder stops at a quarter of the picture's side, where a pixel shuffle lays
 out 4 x 4 pixels from each position. A video of 256 x 256 then has the 16 x 16 latents that Wan's
 way gives to 128 x 128, and is decoded in less time.
 
@@ -311,7 +311,9 @@ class WanVAE(nn.Module):
 
     def posterior(self, video, cache=None):
         """video (B, 3, T, H, W) -> mean, log-variance of raw latents, each (B, C, F, h, w)."""
-        video = nnf.avg_pool3d(video, (1, self.config.patch, self.config.patch))
+        patch = self.config.patch
+        if patch > 1:
+            video = nnf.avg_pool3d(video, (1, patch, patch))
         return self.conv1(self.encoder(channels_last(video), cache)).chunk(2, 1)
 
     def encode(self, video):
@@ -425,19 +427,17 @@ class PreviewDecoder(nn.Module):
 
 
 def load_preview_decoder(path, vae):
-    """taew2_1 (.safetensors, or .pth of tensors only) -> PreviewDecoder on the VAE's device and in
-    its decoder's dtype. ValueError in one line for another file, or a VAE that is not Wan2.1's."""
+    """taew2_1.safetensors -> PreviewDecoder on the VAE's device, in its decoder's dtype.
+
+    ValueError in one line for another file, or a VAE that is not Wan2.1's."""
     if (vae.config.latents_mean, vae.config.latents_std) != (WAN_MEAN, WAN_STD):
         raise ValueError("a preview decoder needs Wan2.1's latents: these weights have others")
     try:
-        if Path(path).suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = load_file(path)
         tensors = {k: v for k, v in tensors.items() if not k.startswith("encoder.")}
         decoder = PreviewDecoder()
         decoder.load_state_dict(tensors)
-    except Exception as error:                          # missing, damaged, pickled code ...
+    except Exception as error:                          # missing, damaged, a .pth ...
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"no preview decoder in {path}: {reason}") from None
     like = vae.conv2.weight

@@ -4,7 +4,9 @@
     python tests/gpu_check.py --toy             the same steps on a CPU, in seconds: a rehearsal
 
 Prints `name: value` lines as they are known; a step that runs out of memory or fails is a line,
-too. --out FILE keeps them as JSON. What it measures, for wan-1.3b and Wan2.1's VAE at 512 x 512:
+too. Then each goal is a line, met or missed. The exit code is 1 if a step failed or, without --toy,
+a goal was missed. --out FILE keeps it all as JSON. What it measures, for wan-1.3b and Wan2.1's VAE
+at 512 x 512:
     parity          a forward in bfloat16 against float32
     chunk_33, _81   frames a second and seconds by stage, end to end, and the share of the card's
                     own bfloat16 rate; with and without torch.compile
@@ -147,19 +149,23 @@ def make_models(sizes, T, n, compiled):
         frames=T, identity="tre", continuity_frames=n, steps=4, timestep_shift=5.0)
 
 
+def flop_of(call):
+    """FLOP of the products, convolutions and attention of call(); a product and its sum are two."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
 @torch.inference_mode()
 def work_of_a_chunk(models, sizes):
-    """FLOP of products, convolutions and attention of one later chunk, counted."""
+    """FLOP of one later chunk: the network's steps, the decoder, the encoder of the next kappa."""
     latents, identity, audio = make_inputs(sizes, models.frames)
     n = models.continuity_frames
     tail = torch.zeros(1, 3, n, sizes.size, sizes.size, device=sizes.device)
-    with FlopCounterMode(display=False) as counter:
-        dit.predict(models.dit, latents, 1.0, identity, audio)
-    forward = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        models.vae.decode(latents)
-        continuity_reference(models.vae, tail, n)
-    return models.steps * forward + counter.get_total_flops()
+    forward = flop_of(lambda: dit.predict(models.dit, latents, 1.0, identity, audio))
+    decode = flop_of(lambda: models.vae.decode(latents))
+    return models.steps * forward + decode + flop_of(
+        lambda: continuity_reference(models.vae, tail, n))
 
 
 def chunk(sizes, T, n, compiled, tflops, count=4):
@@ -309,6 +315,20 @@ def steps_of(sizes, tflops):
     return steps
 
 
+GOALS = {                               # goal: (step that measures it, is it reached?)
+    "parity": ("parity", lambda found: max(found["relative_error"]) < 0.02),
+    "half of the card's rate, 33 frames": ("chunk_33", lambda found: found["share_of_rate"] >= 0.5),
+    "half of the card's rate, 81 frames": ("chunk_81", lambda found: found["share_of_rate"] >= 0.5),
+    "1.5 x diffusers": ("diffusers", lambda found: found["times_as_fast"] >= 1.5),
+}
+
+
+def judge(results):
+    """{step: what was found} -> {goal: "met" or "missed"}. What was not measured is missed."""
+    return {goal: "met" if isinstance(results.get(step), dict) and reached(results[step])
+            else "missed" for goal, (step, reached) in GOALS.items()}
+
+
 def check(sizes, minutes=8.0):
     """Run every step that still fits into the minutes -> {name: what was found}."""
     began = time.time()
@@ -328,6 +348,7 @@ def check(sizes, minutes=8.0):
             except Exception as error:              # the other steps are still worth having
                 results[name] = f"failed: {' '.join(str(error).split())[:300]}"
         print(f"{name}: {results[name]}", flush=True)
+    results["goals"] = judge(results)
     results["minutes"] = round((time.time() - began) / 60, 2)
     return results
 
@@ -345,7 +366,12 @@ def main(argv=None):
     results = check(TOY if options.toy else Sizes(), options.minutes)
     if options.out:
         common.write_json(options.out, results)
+    for goal, outcome in results["goals"].items():
+        print(f"goal: {goal}: {outcome}")
     print(f"minutes: {results['minutes']}")
+    failed = any(str(result).startswith("failed: ") for result in results.values())
+    if failed or (not options.toy and "missed" in results["goals"].values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

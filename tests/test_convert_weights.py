@@ -1,14 +1,21 @@
 """Properties of official weights: converting them, and that the networks compute what theirs do.
 
 tests/golden_flashhead.json holds numbers that the public sources gave on a CPU in float32, for
-weights and inputs made by numbers() and noise() below: Soul-AILab/SoulX-FlashHead@12467ce (one
-block, narrow, their windows, timesteps, wav2vec2 and colours) and madebyollin/taehv@1f14a56. No
-published weights are used: what is compared is the computation."""
+weights and inputs made by numbers() and noise() below, whose seeds are the names:
+    Soul-AILab/SoulX-FlashHead@12467ce
+        WanModelAudioProject, AudioProjModel    forward, windows: one block, narrow
+        timestep_transform(shift=5)             timesteps
+        audio_analysis.wav2vec2.Wav2Vec2Model   audio: the last 9 of seq_len = 200 frames
+        match_and_blend_colors_torch            colours
+    madebyollin/taehv@1f14a56
+        TAEHV.decode_video(parallel=True)       preview, times 2, minus 1
+No published weights are used: what is compared is the computation."""
 import importlib
 import json
 import os
 import pickle
 import re
+import shutil
 import weakref
 import zlib
 from dataclasses import asdict, replace
@@ -223,6 +230,22 @@ def test_an_audio_encoder_stays_a_name_or_is_copied(converted, wav2vec2, tmp_pat
         convert_weights.write_audio(wav2vec2, tmp_path, replace(DIT, audio_dim=32))
 
 
+def test_a_wrong_audio_encoder_is_one_line(wav2vec2, tmp_path):
+    """Property: a mistyped folder is not taken for a name; a folder's files are looked into."""
+    for name in ("W2V", "./W2V", "/no/W2V", "a/b/W2V", "a/"):
+        with pytest.raises(ValueError, match="no folder, and no Hugging Face name"):
+            convert_weights.write_audio(name, tmp_path, DIT)
+    for file, spoil, message in (
+            ("config.json", lambda path: path.write_text("null"), "no JSON object"),
+            ("model.safetensors", cut, "cannot be read"),
+            ("model.safetensors", lambda path: save_file({"x": torch.ones(1)}, path), "missing")):
+        bad = tmp_path / message
+        shutil.copytree(wav2vec2, bad)
+        spoil(bad / file)
+        with pytest.raises(ValueError, match=message):
+            convert_weights.write_audio(bad, tmp_path, DIT)
+
+
 def wan_folder(folder, change=None):
     """Wan2.1's layout: a text-to-video network, C channels in, and the VAE beside it."""
     folder.mkdir()
@@ -250,6 +273,8 @@ def test_wan_makes_a_folder_that_stage_1_starts_from(tmp_path, wav2vec2):
     bad = wan_folder(tmp_path / "BAD", lambda x: x["head.head.weight"].fill_(float("nan")))
     with pytest.raises(ValueError, match="head.head.weight"):
         run(bad, tmp_path / "OUT2", wav2vec2, "wan")
+    with pytest.raises(ValueError, match="--dtype bfloat16 would change nothing"):
+        run(source, tmp_path / "OUT2", wav2vec2, "wan", "bfloat16")
 
 # ---------------------------------------------------------------------------------------- bad input
 
@@ -288,6 +313,13 @@ def swap(tensors):
     tensors[name] = tensors[name].T
 
 
+def edit_vae(folder, change):
+    """Change one tensor of the VAE's file."""
+    tensors = torch.load(folder / VAE_FILE)
+    tensors["conv1.bias"] = change(tensors["conv1.bias"])
+    torch.save(tensors, folder / VAE_FILE)
+
+
 VAE_FILE = "VAE_Wan/Wan2.1_VAE.pth"
 WRONG = {
     "pickle": (lambda f: (f / VAE_FILE).write_bytes(pickle.dumps(Code())), "tensors alone"),
@@ -307,6 +339,14 @@ WRONG = {
     "lite": (lite, "Model_Lite"),
     "14B": (big, "dim 5120 instead of 48"),
     "config": (lambda f: (f / "Model_Pro/config.json").write_text("[1"), "no JSON"),
+    "list": (lambda f: (f / "Model_Pro/config.json").write_text("[1]"), "no JSON object"),
+    "null": (lambda f: (f / "Model_Pro/config.json").write_text("null"), "no JSON object"),
+    "fp8": (edit(lambda x: x.update(
+        {"head.head.bias": x["head.head.bias"].to(torch.float8_e4m3fn)})), "bias is not .* finite"),
+    "sparse vae": (lambda f: edit_vae(f, lambda x: x.to_sparse()), "conv1.bias .*finite"),
+    "meta vae": (lambda f: edit_vae(f, lambda x: x.to("meta")), "conv1.bias .*finite"),
+    "twice": (edit(lambda x: x.update(
+        {"audio_proj.shared.1.bias": x["audio_proj.proj2.bias"] + 1})), "FlashHead's name and"),
 }
 
 
@@ -340,13 +380,14 @@ def test_the_published_size_is_the_only_one(tmp_path, capsys):
 
 def test_an_existing_folder_and_no_network_are_one_line(converted, tmp_path, capsys, monkeypatch,
                                                         small_sizes):
-    """Property: weights are never overwritten; a name that cannot be fetched is one line."""
+    """Property: weights are never overwritten, which is said before anything is fetched; a name
+    that cannot be fetched is one line."""
     import huggingface_hub
 
     def no_network(name, **options):
         raise OSError("no route to host\nmore lines")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    for source, out, message in ((converted[0], converted[1], "exists: choose another"),
+    for source, out, message in (("somebody/model", converted[1], "exists: choose another"),
                                  ("somebody/model", tmp_path / "o", "no route to host\n")):
         with pytest.raises(SystemExit) as stop:
             convert_weights.main(["flashhead", str(source), str(out)])
@@ -359,6 +400,7 @@ def test_the_program_says_what_to_run_next(converted, tmp_path, capsys, small_si
     convert_weights.main(["flashhead", str(converted[0]), str(tmp_path / "OUT")])
     report = capsys.readouterr().out
     assert f"infer.py --weights {tmp_path / 'OUT'}" in report and "Apache-2.0" in report
+    assert "--match-colour --crop none" in report           # as FlashHead itself does by default
     with safe_open(tmp_path / "OUT/student.safetensors", "pt") as file:
         assert file.metadata()["trained"] == "yes"
         assert len(file.keys()) == len(GOLDEN["tensors"]) - 12
@@ -401,8 +443,8 @@ def preview(tmp_path_factory):
     """-> a file of taew2_1's layout, and the decoder made from it"""
     tensors = {k: numbers(k, s) for k, s in GOLDEN["preview"]["tensors"].items()}
     tensors["encoder.0.weight"] = torch.ones(1)             # the published file has an encoder, too
-    path = tmp_path_factory.mktemp("preview") / "taew2_1.pth"
-    torch.save(tensors, path)
+    path = tmp_path_factory.mktemp("preview") / "taew2_1.safetensors"
+    save_file(tensors, path)
     with torch.device("meta"):
         wan = vae.WanVAE()
     wan.conv2 = wan.conv2.to_empty(device="cpu")
@@ -418,13 +460,17 @@ def test_the_preview_decoder_equals_taehv(preview):
 
 
 def test_the_preview_decoder_streams(preview, monkeypatch):
-    """Property: in pieces it makes the frames of one pass, and never looks ahead."""
+    """Property: in pieces it makes the frames of one pass, without those to skip, and never looks
+    ahead."""
     latents = noise("preview", 1, 16, 6, 2, 2)
-    streamed = list(preview[1].decode_stream(latents))
+    streamed, skipped = (list(preview[1].decode_stream(latents, skip)) for skip in (0, 9))
+    assert [piece.shape[2] for piece in skipped] == [0, 8, 4]
     assert [piece.shape[2] for piece in streamed] == [1, 16, 4]
     monkeypatch.setattr(vae, "pieces", lambda x, size: [x])
     whole, = preview[1].decode_stream(latents)
     torch.testing.assert_close(torch.cat(streamed, 2), whole, atol=1e-5, rtol=0)
+    skipped = torch.cat(skipped, 2)
+    torch.testing.assert_close(skipped, whole[:, :, 9:], atol=1e-5, rtol=0)
     changed = latents.clone()
     changed[:, :, 3:] = 0
     early, = preview[1].decode_stream(changed)
@@ -487,8 +533,7 @@ def test_the_memory_plan_of_a_converted_model(stage, capsys):
     program = importlib.import_module(stage)
 
     def plan(gpus):
-        program.main(["--preset", "wan-1.3b", "--data", "none",
-                      "--plan-memory", str(gpus), "512", "33"])
+        program.main(["--preset", "wan-1.3b", "--plan-memory", str(gpus), "512", "33"])
         lines = capsys.readouterr().out.splitlines()
         return {k: float(v.split()[0]) for k, v in (line.split(": ") for line in lines[1:5])}
     one, eight = plan(1), plan(8)
@@ -496,8 +541,23 @@ def test_the_memory_plan_of_a_converted_model(stage, capsys):
     assert abs(eight["weights_and_optimizers"] - one["weights_and_optimizers"] / 8) < 0.1
     assert eight["inside_blocks"] == one["inside_blocks"] > 1
     with pytest.raises(SystemExit):
-        program.main(["--data", "none", "--plan-memory", "1", "512", "32"])
+        program.main(["--plan-memory", "1", "512", "32"])
     assert "4 k + 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["train_teacher", "distill_student"])
+def test_planning_leaves_a_run_alone(stage, tmp_path, capsys):
+    """Property: neither a plan nor a command without --data deletes the run that --overwrite
+    names."""
+    program = importlib.import_module(stage)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"a week's work")
+    options = ["--overwrite", "--run-dir", str(tmp_path)]
+    program.main([*options, "--plan-memory", "1", "512", "33"])
+    assert "total: " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        program.main(options)
+    assert stop.value.code == 2 and "--data is missing" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == b"a week's work"
 
 
 def test_the_golden_file_is_small():

@@ -18,6 +18,8 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import flop_registry
 
 import convert_weights
 import dit
@@ -81,11 +83,12 @@ def test_full_size_stages_make_a_step(stage):
     """Property: one step of a stage runs at full width, with finite losses."""
     found = stage(SIZES)
     print(found)
-    assert np.isfinite(found.get("loss", found.get("critic")))
+    losses = [found[name] for name in ("loss", "critic", "regression") if name in found]
+    assert len(losses) == (1 if stage is gpu_check.stage_1 else 2) and np.isfinite(losses).all()
 
 
 def test_the_gpu_check_is_rehearsed(one_thread):
-    """Property: each step of tests/gpu_check.py runs, on a CPU at toy size (diffusers': by hand).
+    """Property: each step of tests/gpu_check.py runs, on a CPU at toy size (diffusers': below).
 
     So that the minutes of a borrowed GPU are not spent on a typing error."""
     steps = gpu_check.steps_of(gpu_check.TOY, 1.0)
@@ -94,3 +97,48 @@ def test_the_gpu_check_is_rehearsed(one_thread):
     assert steps["stage_1"]()["loss"] > 0 and steps["stage_2"]()["critic"] > 0
     found = gpu_check.chunk(gpu_check.TOY, 9, 5, False, tflops=0.01, count=2)
     assert found["share_of_rate"] > 0 and set(found["seconds"]) >= {"dit", "decode", "re-encode"}
+
+
+def test_the_gpu_check_compares_with_diffusers(one_thread, monkeypatch):
+    """Property: the step that runs diffusers' classes works, each network once."""
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(gpu_check, "seconds_of", lambda call: (call(), 1.0)[1])
+    assert gpu_check.against_diffusers(gpu_check.TOY)["times_as_fast"] == 1
+
+
+def test_the_gpu_check_counts_all_work():
+    """Property: FLOP are 2 x products, of matrices, convolutions and attention alike: what
+    share_of_rate divides by the card's rate. Attention's kernels on a GPU are known, too; those on
+    a CPU are not (the plain one is taken here), so a toy's share is without attention."""
+    q = torch.ones(1, 2, 6, 8)                                      # (rows, heads, tokens, width)
+    linear, conv = torch.nn.Linear(8, 16), torch.nn.Conv3d(3, 5, (3, 1, 1))
+    with torch.inference_mode():
+        assert gpu_check.flop_of(lambda: linear(torch.ones(4, 8))) == 2 * 4 * 8 * 16
+        assert gpu_check.flop_of(lambda: conv(torch.ones(1, 3, 6, 2, 2))) == 2 * 16 * 5 * 3 * 3
+        attention = torch.nn.functional.scaled_dot_product_attention
+        with sdpa_kernel(SDPBackend.MATH):
+            assert gpu_check.flop_of(lambda: attention(q, q, q)) == 2 * 2 * 2 * 6 * 6 * 8
+    for kernel in ("flash", "efficient", "cudnn"):
+        name = f"_scaled_dot_product_{kernel}_attention"
+        assert getattr(torch.ops.aten, name) in flop_registry
+
+
+@pytest.mark.parametrize("share, parity, code", [(0.6, 0.001, 0), (0.4, 0.001, 1), (0.6, "", 1)])
+def test_the_gpu_check_fails_when_a_goal_is_missed(share, parity, code, monkeypatch, capsys):
+    """Property: a missed goal and a failed step are lines, and the exit code is 1."""
+    steps = {"parity": lambda: {"relative_error": [0.001 + parity]},
+             "chunk_33": lambda: {"share_of_rate": share}, "chunk_81": lambda: {"share_of_rate": 1},
+             "diffusers": lambda: {"times_as_fast": 1.5}}
+    monkeypatch.setattr(gpu_check, "Sizes", lambda: gpu_check.TOY)
+    monkeypatch.setattr(gpu_check, "steps_of", lambda sizes, tflops: steps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu_check, "empty", lambda: None)
+    try:
+        gpu_check.main([])
+        assert code == 0
+    except SystemExit as stop:
+        assert stop.code == code
+    lines = capsys.readouterr().out
+    assert f"33 frames: {'met' if share >= 0.5 else 'missed'}" in lines
+    assert f"goal: parity: {'met' if parity else 'missed'}" in lines

@@ -174,6 +174,28 @@ def test_a_chunk_begins_with_the_end_of_the_one_before(models, image, monkeypatc
     assert np.array_equal(frames[81:125], second[9:53])
 
 
+def test_a_long_overlap_is_decoded_as_a_plain_loop_does(models, image):
+    """Property: where chunks share more frames than they add (n > T - n), what is left undecoded
+    of a chunk changes no frame and no kappa."""
+    T, n, total = 9, 5, 20
+    models = replace(models, frames=T, continuity_frames=n)
+    sound = torch.from_numpy(speech(total / 25))
+    generator = torch.Generator().manual_seed(0)
+    z_id = infer.IDENTITY[models.identity](models.vae, image, T)
+    kappa, frames = z_id[:, :, :1], []
+    with torch.inference_mode():
+        for start in range(0, total - n, T - n):
+            features = models.audio.features(sound, start, T)[None]
+            noise = torch.randn(z_id.shape, generator=generator)
+            z = infer.sample(models, noise, z_id, features, kappa, 4, 1.0, generator)
+            video = models.vae.decode(z)                            # all T frames
+            kappa = models.vae.encode(video[:, :, -n:])
+            frames.append(to_uint8(video[0, :, n if start else 0:]))
+    expected = np.concatenate(frames)[:total]
+    made = np.concatenate(list(infer.generate(models, image, sound)))
+    assert made.shape == expected.shape and abs(made.astype(int) - expected).max() <= 1
+
+
 def test_continuity_mode_latents_is_another_video(models, image, monkeypatch):
     """Property: the comparison of Appendix D takes the last latents of a chunk as they are.
 

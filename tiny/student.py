@@ -13,7 +13,7 @@ not give it, so this is not the paper's AKD. tiny/README.md says what each bough
 Shapes: as in distill_student.py.
 """
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -91,8 +91,10 @@ def train_arguments(cfg):
 
 @dataclass(frozen=True)
 class TinyFiles(Files):
+    data: tuple[Path, ...] = field()        # folders of clips, see data.py
     preset: PresetOnly[str] = "tiny"
     run_dir: Path = Path("runs/tiny-student")   # checkpoint, log, samples
+    plan_memory: PresetOnly[None] = None    # only for the paper's presets
 
 
 def check_tiny(cfg):

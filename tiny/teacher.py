@@ -19,7 +19,7 @@ Shapes: as in train_teacher.py.
 """
 import hashlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -367,8 +367,10 @@ def muon(named_parameters, lr, cfg):
 
 @dataclass(frozen=True)
 class TinyFiles(Files):
+    data: tuple[Path, ...] = field()        # folders of clips, see data.py
     preset: PresetOnly[str] = "tiny"
     run_dir: Path = Path("runs/tiny-teacher")   # checkpoint, log, samples
+    plan_memory: PresetOnly[None] = None    # only for the paper's presets
     shares: tuple[float, ...] = ()          # how often each folder is drawn [equally]
 
 
