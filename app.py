@@ -4,8 +4,9 @@
     python app.py --live                                        speak, and the photo speaks
 
 The page is Gradio's, and only this machine can open it. Uploads are deleted after an hour, videos
-of over an hour ago when the next one is made, everything at the end. The video is streamed as a fragmented MP4, which a <video> element plays while it grows.
-Live, the video is behind the voice by the sound of a chunk, see infer.py, and the computing.
+of over an hour ago when the next one is made, everything at the end. The video is streamed as a
+fragmented MP4, which a <video> element plays while it grows. Live, the video is behind the voice by
+the sound of a chunk, see infer.py, and the computing.
 """
 import queue
 import re

@@ -117,7 +117,7 @@ def weights_errors(folder, *names):
 
 
 def read_config(folder, network):
-    """-> config.json, the numbers in Models. KeyError if one is missing, ValueError if it is bad."""
+    """-> config.json, the numbers in Models. KeyError: one is missing, ValueError: it is bad."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings = {key: config[key] for key in ("size", "frames", "continuity_frames", "identity")}
     settings |= {key: config[network][key] for key in ("steps", "timestep_shift")}
@@ -320,12 +320,6 @@ def list_videos(options):
     def files(path, endings):
         return media_files(path, endings) if path.is_dir() else [path]
 
-    endings = {options.image: PICTURES}
-    for path in options.audio:
-        endings[path] = endings.get(path, set()) | SOUNDS | VIDEOS
-    for path in endings:
-        if path.is_dir():
-            note_unread(path, endings[path])
     photos = files(options.image, PICTURES)
     recordings = [file for path in options.audio for file in files(path, SOUNDS | VIDEOS)]
     pairs, outs, is_new = list(product(recordings, photos)), [options.out], False
@@ -351,6 +345,11 @@ def list_videos(options):
         if options.preview.resolve() in inputs:
             raise ValueError(f"{options.preview} is one of the inputs: choose another name")
         common.check_output(options.preview, (".webp",))            # so it is not the video either
+    read = {options.image: PICTURES}                                # what of which folder
+    for path in options.audio:
+        read[path] = read.get(path, set()) | SOUNDS | VIDEOS
+    for path in filter(Path.is_dir, read):
+        note_unread(path, read[path])
     videos = {sound: {} for sound in recordings}
     for (sound, photo), out in zip(pairs, outs):
         videos[sound][photo] = out

@@ -15,8 +15,8 @@ from PIL import Image, ImageFilter
 
 from common import VideoWriter
 from data import FPS, HOP, read_audio, read_video, square_crop, to_tensor, to_uint8
-from media import default_track, open_media
 from measure.pixels import phones_of
+from media import default_track, open_media
 
 SEGMENT = 125                                           # frames measured at a time, 5 s
 
