@@ -56,8 +56,7 @@ def test_a_stream_can_be_played_while_it_is_made(stream):
         blocks = [(frame.time, frame.to_ndarray()[0]) for frame in file.decode(audio=0)]
     start, loudest = max(blocks, key=lambda block: np.abs(block[1]).max())
     click = start + np.abs(loudest).argmax() / SAMPLE_RATE
-    print("flash", flash, "click", click)
-    assert abs(click - flash) <= 0.1
+    assert abs(click - flash) <= 0.01
     samples = sum(len(block) for _, block in blocks)
     assert abs(samples - len(sound)) <= 3 * 1024                    # AAC comes in blocks
 
@@ -82,7 +81,7 @@ def app(monkeypatch, tmp_path):
     """What the page does, without weights, a page or a server."""
     pytest.importorskip("gradio", reason="pip install -r requirements-app.txt")
     import app
-    monkeypatch.setattr(app.infer, "load", lambda weights: SimpleNamespace(size=32, read=weights))
+    monkeypatch.setattr(app.infer, "load", lambda name: SimpleNamespace(size=32, read=name))
     return app.App(app.Options(share=True, longest=1.0), tmp_path)
 
 
@@ -117,7 +116,7 @@ def test_the_crop_is_what_will_be_animated(app, tmp_path):
     wide[:, 20:60] = 255
     Image.fromarray(wide).save(tmp_path / "wide.png")
     shown, _ = app.look(str(tmp_path / "wide.png"), 3, "/etc")
-    assert shown.shape == (32, 32, 3) and shown.min() == 255
+    assert shown.shape == (32, 32, 3) and shown.min() > 240
     assert app.models("/etc").read == str(app.options.weights)
     (tmp_path / "bad.png").write_text("text", encoding="utf-8")
     for face in (0, 3):
