@@ -3,9 +3,10 @@
     pip install -r requirements-app.txt && python app.py        then open http://127.0.0.1:7860
     python app.py --live                                        speak, and the photo speaks
 
-The page is Gradio's, and only this machine can open it. What is uploaded and made is deleted after
-an hour. The video is streamed as a fragmented MP4, which a <video> element plays while it grows.
-Live, the video is behind the voice by the sound of a chunk, see infer.py, and the computing.
+The page is Gradio's, and only this machine can open it. Uploads are deleted after an hour, videos
+of over an hour ago when the next one is made, everything at the end. The video is streamed as a
+fragmented MP4, which a <video> element plays while it grows. Live, the video is behind the voice by
+the sound of a chunk, see infer.py, and the computing.
 """
 import queue
 import re
@@ -25,7 +26,7 @@ import tyro
 import common
 import infer
 from audio import load_audio
-from data import FPS, HOP, SAMPLE_RATE
+from data import FPS, HOP, SAMPLE_RATE, to_uint8
 from media import read_picture
 
 try:
@@ -55,7 +56,7 @@ class Options:
     live: bool = False          # a microphone instead of a recording
     port: int = 7860            # of 127.0.0.1
     share: bool = False         # let others in through Gradio's servers; they will see everything
-    longest: float = 120.0      # longest recording, seconds
+    longest: float = 120.0      # longest recording, or speech if live, seconds
     largest: str = "50mb"       # largest file to upload
 
 
@@ -149,17 +150,24 @@ class App:
         self.load = lru_cache(maxsize=1)(infer.load)
         self.load(str(options.weights))         # a wrong folder ends the program, not a video
 
+    def models(self, weights):
+        """Those of the folder that the page names; a guest does not choose among our folders."""
+        return self.load(str(self.options.weights) if self.options.share else weights)
+
     def look(self, photo, face, weights):
         """The crop and what was done, before anything is made."""
         from measure.framing import frame_face
-        if photo is None or face == 3:
-            return photo, ""
+        if photo is None:
+            return None, ""
         with errors_in_the_page():
             picture = read_picture(photo)
-            size = self.load(weights).size
+            size = self.models(weights).size
+            if face == 3:
+                return to_uint8(common.centre_square(picture, size)[0][:, None])[0], ""
             number = face + 1 if face else None         # not chosen: a second one is said
             portrait, note, warnings = frame_face("the photo", picture, size, number)
-        return portrait, "  \n".join([note, *(f"**Warning:** {line}" for line in warnings)])
+        warnings = [f"**Warning:** {words_of_the_page(line)}" for line in warnings]
+        return portrait, "  \n".join([note, *warnings])
 
     def begin(self, agreed, photo, sound, request: gr.Request):
         """A new stream, and the element that plays it."""
@@ -181,7 +189,7 @@ class App:
             stream.sound.put(None)
 
     def prepare(self, photo, face, weights):
-        models = self.load(weights)
+        models = self.models(weights)
         picture = read_picture(photo)
         crop = "none" if face == 3 else "face"
         return models, infer.load_portrait("the photo", picture, models.size, crop, face + 1)
@@ -189,7 +197,12 @@ class App:
     def make(self, photo, face, sound, seed, weights, request: gr.Request,
              progress=gr.Progress()):  # noqa: B008 (Gradio looks for it here)
         """A photo and a recording -> an mp4; the stream gets it piece by piece."""
-        stream = self.streams[request.session_hash]
+        for old in self.folder.glob("talking-*.mp4"):
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
+        stream = self.streams.get(request.session_hash)
+        if stream is None:                              # the page was left in the queue
+            return None
         with errors_in_the_page(stream):
             audio = load_audio(sound)
             if len(audio) > self.options.longest * SAMPLE_RATE:
@@ -200,7 +213,7 @@ class App:
             total = -(-len(audio) // HOP)
             out = self.folder / f"talking-{time.time_ns()}.mp4"
             with common.VideoWriter(out, models.size, audio) as writer:
-                for frames in infer.generate(models, image, audio, int(seed)):
+                for frames in infer.generate(models, image, audio, int(seed or 0)):
                     writer.write(frames)
                     stream.add(frames, audio[stream.frames * HOP:writer.frames * HOP])
                     progress((writer.frames, total), unit="frames")
@@ -210,23 +223,32 @@ class App:
 
     def speak(self, photo, face, seed, weights, request: gr.Request):
         """Live: a photo and a microphone -> how far the video is behind, until it is off."""
-        stream = self.streams[request.session_hash]
+        stream = self.streams.get(request.session_hash)
+        if stream is None:
+            return
         with errors_in_the_page(stream):
             models, image = self.prepare(photo, face, weights)
             stream.open(models.size, with_sound=False)
-            for frames in infer.generate(models, image, stream.blocks(), int(seed)):
+            for frames in infer.generate(models, image, stream.blocks(), int(seed or 0)):
                 behind = stream.samples / SAMPLE_RATE - stream.frames / FPS
                 stream.add(frames)
                 yield f"{stream.frames / FPS:.1f} s of video, {behind:.1f} s behind the voice"
 
     def receive(self, sound, request: gr.Request):
+        """A block of the microphone; none after the end, or after `longest` seconds."""
         stream = self.streams.get(request.session_hash)
-        if stream and sound is not None:
-            stream.listen(*sound)
+        longest = self.options.longest * SAMPLE_RATE
+        if stream is None or sound is None or stream.ended or stream.samples >= longest:
+            return
+        stream.listen(*sound)
+        if stream.samples >= longest:
+            stream.sound.put(None)
 
     def leave(self, request: gr.Request):
         self.stop(request)
-        self.streams.pop(request.session_hash, None)
+        stream = self.streams.pop(request.session_hash, None)
+        if stream and stream.container is None:         # nobody will begin, or end, it
+            stream.close()
 
     def send(self, key: str):
         """GET /stream/KEY: the bytes of a video, while it is made."""
@@ -252,7 +274,8 @@ class App:
                                      type="numpy" if live else "filepath",
                                      sources=["microphone"] if live else ["upload", "microphone"])
                     seed = gr.Number(0, label="Seed: same seed, same video", precision=0, minimum=0)
-                    weights = gr.Textbox(str(self.options.weights), label="Folder of weights")
+                    weights = gr.Textbox(str(self.options.weights), label="Folder of weights",
+                                         visible=not self.options.share)
                     make = gr.Button("Make the video", variant="primary", visible=not live)
                     stop = gr.Button("Stop", visible=not live)
                 with gr.Column():
@@ -280,13 +303,19 @@ class App:
         return page
 
 
+def words_of_the_page(line):
+    """A message without the upload's folder, and without flags, which a page has not."""
+    line = re.sub(r"\S*/(?=[^/\s]+)", "", line)
+    return re.sub(r" \([^()]*--[^()]*\)", "", line)
+
+
 @contextmanager
 def errors_in_the_page(stream=None):
     """Bad input is one line on the page; the stream ends in any case."""
     try:
         yield
     except (OSError, ValueError, av.FFmpegError) as error:
-        words = re.sub(r"\S*/(?=[^/\s]+)", "", str(error))           # without the upload's folder
+        words = words_of_the_page(str(error))
         raise gr.Error(words, duration=30, print_exception=False) from None
     finally:
         if stream:

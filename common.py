@@ -33,7 +33,17 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from media import FPS, SAMPLE_RATE, known_layout, read_picture, resampled, sound_blocks
+from media import (
+    FPS,
+    SAMPLE_RATE,
+    default_track,
+    known_layout,
+    open_media,
+    print_any_name,
+    read_picture,
+    resampled,
+    sound_blocks,
+)
 
 try:
     import fcntl
@@ -302,10 +312,10 @@ def clip_gradients(model, limit):
 
 @contextmanager
 def run_folder(files):
-    """files.run_dir is ours inside `with`: a run in it is asked about, and a second one kept out.
+    """files.run_dir is ours inside `with`: an old run in it is refused, a second one kept out.
 
     ValueError if it holds a run and neither --resume nor --overwrite is given, or if another
-    process trains in it. Folders that stay empty are removed. torchrun: the first process asks."""
+    process trains in it. Folders that stay empty are removed. torchrun: the first process looks."""
     run = files.run_dir
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -342,6 +352,8 @@ def lock_folder(folder):
     except BlockingIOError:
         os.close(handle)
         raise ValueError(f"another process is training in {folder}") from None
+    except OSError as error:                                        # some network file systems
+        print(f"warning: {folder} cannot be locked: {error}", file=sys.stderr)
     return handle
 
 
@@ -452,8 +464,7 @@ def one_line_errors(program, when_stopped="stopped"):
         number = getattr(signal, name, None)                        # nohup ignores it
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")           # names in any alphabet
+    print_any_name()
     bad_input = OSError, ValueError, KeyError, FloatingPointError, SafetensorError, av.FFmpegError
     try:
         yield
@@ -503,11 +514,11 @@ CONTAINERS = {".mp4": ("libx264", H264, "aac"), ".mov": ("libx264", H264, "aac")
               ".gif": ("gif", {}, None)}                            # codecs of picture and sound
 
 
-def check_output(path):
+def check_output(path, endings=tuple(CONTAINERS)):
     """ValueError, before any work is done, for a name that no video can be written to."""
     path = Path(path)
-    if path.suffix.lower() not in CONTAINERS:
-        raise ValueError(f"{path}: the name of a video ends in {', '.join(CONTAINERS)}")
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"{path} cannot be written: a name that ends in {', '.join(endings)} can")
     real = Path(os.path.realpath(path))
     try:
         is_other = real.lstat() and not real.is_file()
@@ -653,8 +664,9 @@ class VideoWriter:
 
 def write_preview(path, video, seconds=4):
     """The first seconds of a video file -> an animated WebP, at half the rate, for a README."""
-    with av.open(str(video)) as file:
-        frames = [frame.to_image() for frame in islice(file.decode(video=0), 0, seconds * FPS, 2)]
+    with open_media(video) as file:
+        shown = islice(file.decode(default_track(file, "video")), 0, seconds * FPS, 2)
+        frames = [frame.to_image() for frame in shown]
     write_aside(path, lambda part: frames[0].save(
         part, "WEBP", save_all=True, append_images=frames[1:], duration=2000 // FPS, loop=0,
         quality=80))
@@ -681,7 +693,7 @@ def write_mp4(path, frames, audio):
     One thread, so that the same input gives the same bytes."""
     part = path.with_suffix(".part")
     options = {"crf": "15", "preset": "veryfast", "threads": "1"}
-    with av.open(str(part), "w", format="mp4") as file:
+    with av.open(f"file:{part}", "w", format="mp4") as file:
         video = file.add_stream("libx264", FPS, options=options)
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"

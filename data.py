@@ -36,12 +36,12 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from media import (  # noqa: F401  other files take these constants from here
-    FORMATS,
     FPS,
     HOP,
     PICTURES,
     SAMPLE_RATE,
     VIDEOS,
+    print_any_name,
     read_audio,
     read_video,
 )
@@ -82,15 +82,13 @@ def square_crop(width, height, box=None):
     return x0, y0, x0 + side, y0 + side
 
 
-def face_mask(frames, mask, box, parser):
+def face_mask(frames, mask, box):
     """M of Eq. 23: the face in frames (N, H, W, 3) -> uint8 0 or 255, (N, H/4, W/4).
 
-    The given `mask` uint8 (N, h, w) if there is one, else `parser`, picture -> uint8 (h, w), else
-    the ellipse in `box` (shares of the side). ValueError for a mask of another length."""
+    The given `mask` uint8 (N, h, w) if there is one, else the ellipse in `box` (shares of the
+    side). ValueError for a mask of another length."""
     side = frames.shape[1] // 4
-    if mask is None and parser is not None:
-        mask = [parser(frame) for frame in frames]
-    elif mask is None:
+    if mask is None:
         ellipse = Image.new("L", (side * 8, side * 8))
         ImageDraw.Draw(ellipse).ellipse([v * side * 8 for v in box], fill=255)
         mask = [np.asarray(ellipse)] * len(frames)
@@ -153,13 +151,13 @@ def read_squares(path, size, crop):
         yield np.asarray(square)
 
 
-def decode(path, size, parser=None, faces=None):
+def decode(path, size):
     """A file -> frames, audio, mask. Raises an error of some kind if it is bad.
 
     frames uint8 (N, size, size, 3), cropped as find_crop says; audio int16 (640 N,), or (0,) if
     silent; mask uint8 (N, size/4, size/4)."""
     still = path.suffix.lower() in PICTURES
-    crop, box, sidecar = find_crop(path, faces)
+    crop, box, sidecar = find_crop(path)
     pixels = bytearray()
     for square in read_squares(path, size, crop):
         pixels += square.tobytes()
@@ -167,7 +165,7 @@ def decode(path, size, parser=None, faces=None):
     if len(frames) < (1 if still else 2):
         raise ValueError(f"{len(frames)} frames")
     audio = np.zeros(0, np.int16) if still else read_audio(path, len(frames) * HOP)
-    return frames, audio, face_mask(frames, sidecar.get("mask"), box, parser)
+    return frames, audio, face_mask(frames, sidecar.get("mask"), box)
 
 # ----------------------------------------------------------------------------------------- a folder
 
@@ -204,17 +202,17 @@ def save_arrays(store, arrays):
             new.rename(store)
 
 
-def decode_once(path, cache, size, parser=None, faces=None, part=None):
+def decode_once(path, cache, size, part=None):
     """The folder of a file's arrays in `cache`; new files, sidecars and settings are decoded.
 
     part: see divided."""
     files = [file for file in (path, path.with_suffix(".npz")) if file.exists()]
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    tools = [getattr(tool, "__qualname__", tool) for tool in (parser, faces)]
-    key = [1, str(path.resolve()), *stamps, size, *tools] + ([part] if part else [])
+    key = [1, str(path.resolve()), *stamps, size, None, None]       # as in older caches
+    key += [part] if part else []
     store = cache / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     if not store.exists():
-        frames, audio, mask = decode(path, size, parser, faces)
+        frames, audio, mask = decode(path, size)
         keep = divided(len(frames), part) if part else slice(None)
         sound = slice(*(HOP * end for end in (keep.start, keep.stop))) if part else keep
         save_arrays(store, {"frames": frames[keep], "audio": audio[sound], "mask": mask[keep]})
@@ -243,9 +241,15 @@ def media_files(folder, endings):
     return sorted(path for path in visible if path.suffix.lower() in endings)
 
 
-def note_unread(folder):
+def clip_names(files):
+    """path -> its name without the ending, or with it where a.mov lies beside a.mp4."""
+    taken = Counter(text.casefold() for path in files for text in (path.stem, path.name))
+    return {path: path.stem if taken[path.stem.casefold()] == 1 else path.name for path in files}
+
+
+def note_unread(folder, endings=frozenset(VIDEOS | PICTURES)):
     """Say in one line what lies in a folder and is not read. Sidecars and hidden files are used."""
-    known = VIDEOS | PICTURES | SIDECARS
+    known = endings | SIDECARS
     others = [p for p in folder.iterdir() if not p.name.startswith(".")]
     folders = sum(path.is_dir() for path in others)
     endings = Counter(p.suffix.lower() for p in others if p.is_file())
@@ -307,16 +311,14 @@ class ClipFolder:
     """The clips of one or more folders: .clips, and .skipped [(file name, reason)].
 
     Beside a file, NAME.json ("identity") and NAME.npz ("mask" uint8 (N, h, w), "box" x0 y0 x1 y1 in
-    pixels) are used. Without them `parser`, picture -> mask uint8 (h, w), and `faces`, picture ->
-    box or None. FileNotFoundError for a missing folder, ValueError if no clip is left."""
+    pixels) are used. FileNotFoundError for a missing folder, ValueError if no clip is left."""
 
-    def __init__(self, folders, size=256, split="train", cache=None, need_audio=True, workers=1,
-                 parser=None, faces=None):
+    def __init__(self, folders, size=256, split="train", cache=None, need_audio=True, workers=1):
         if size % 8 or size < 16 or workers < 1 or split not in ("train", "val", "all"):
             raise ValueError(f"size {size} must be 16, 24, 32, ...; workers {workers} 1 or more; "
                              f"split {split} train, val or all")
         folders = [folders] if isinstance(folders, (str, Path)) else folders
-        self.clips, self.skipped, jobs = [], [], []
+        self.clips, self.skipped, jobs, of_one_person = [], [], [], []
         for folder in map(Path, folders):
             files = media_files(folder, VIDEOS | PICTURES)
             identities = {path: sidecar_text(path, "identity", path.stem) for path in files}
@@ -331,15 +333,13 @@ class ClipFolder:
                     self.skipped.append((path.name, "in no split"))
             if is_first_process() and split != "val":
                 note_unread(folder)
-            one_person = len(set(identities.values())) == 1 and split_table(folder) is None
-            if is_first_process() and split == "val" and one_person:
-                print(f"note: {folder} shows one person: the end is held out for validation",
-                      file=sys.stderr)
+            if len(set(identities.values())) == 1 and split_table(folder) is None:
+                of_one_person.append(folder)
 
         def load(job):
             path, identity, store, part = job
             try:
-                store = decode_once(path, store, size, parser, faces, part)
+                store = decode_once(path, store, size, part)
                 length = len(np.load(store / "mask.npy", mmap_mode="r"))
                 clip = Clip(path.stem, identity, path, store, length)
                 if need_audio and path.suffix.lower() in VIDEOS and not len(clip.audio):
@@ -355,6 +355,11 @@ class ClipFolder:
         if not self.clips:
             names = " ".join(map(str, folders))
             raise ValueError(f"no {split} clip in {names}; skipped: {self.skipped[:3]}")
+        for folder in of_one_person:
+            held_out = any(clip.path.parent == folder for clip in self.clips)
+            if is_first_process() and split == "val" and held_out:
+                print(f"note: {folder} shows one person: the end is held out for validation",
+                      file=sys.stderr)
         if self.skipped and is_first_process():
             name, why = self.skipped[0]
             total = len(self.skipped) + len(self.clips)
@@ -539,6 +544,7 @@ class Config:
 
 def main(argv=None):
     cfg = tyro.cli(Config, args=argv, description=__doc__)
+    print_any_name()
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):       # kill is Ctrl-C
         signal.signal(getattr(signal, name), signal.default_int_handler)
     try:

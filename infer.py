@@ -21,14 +21,17 @@ audio may also be an iterator of blocks, as a microphone makes them. A chunk can
 sound is there: T / 25 s for the first chunk, then (T - n) / 25 s (the small preset: 1.3 and 1 s).
 """
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, count, product
+from itertools import count, product
 from pathlib import Path
 from typing import Annotated, Literal
 
+import av
 import numpy as np
 import torch
 import tyro
@@ -37,7 +40,7 @@ from tqdm import tqdm
 
 import common
 from audio import AudioEncoder, load_audio, load_audio_encoder
-from data import FPS, HOP, PICTURES, VIDEOS, media_files, to_uint8
+from data import FPS, HOP, PICTURES, VIDEOS, clip_names, media_files, note_unread, to_uint8
 from dit import (
     AudioDiT,
     DiTConfig,
@@ -81,20 +84,11 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
     folder = Path(weights)
     device, dtype = common.select_device(device, dtype)
     common.keep_freed_memory()
-    for name in ("config.json", "vae.safetensors", f"{network}.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no weights in {folder}: {name} is missing")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with weights_errors(folder, "config.json", "vae.safetensors", f"{network}.safetensors"):
+        config, settings = read_config(folder, network)
         audio_name = str(config["audio"])
-        settings = read_settings(config, network)
         vae = load_vae(folder, device)
         dit, guide, trained = load_dit(folder / f"{network}.safetensors", config)
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} has no {error}") from None
-    except Exception as error:          # whatever a damaged file or a wrong number raises
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the weights in {folder} do not fit together: {reason}") from None
     audio = load_audio_encoder(folder, audio_name, device, config.get("audio_window"))
     made = vae.config.z_dim, audio.layers, audio.dim
     read = dit.config.channels, dit.config.audio_layers, dit.config.audio_dim
@@ -107,8 +101,24 @@ def load(weights="weights/tiny", network="student", device="auto", dtype="auto")
     return Models(vae, dit, audio, network, trained=trained, guide=guide, **settings)
 
 
-def read_settings(config, network):
-    """config.json -> the numbers in Models. KeyError if one is missing, ValueError if it is bad."""
+@contextmanager
+def weights_errors(folder, *names):
+    """Files of these names must be there, and whatever a damaged one raises becomes ValueError."""
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no weights in {folder}: {name} is missing")
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} has no {error}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the weights in {folder} do not fit together: {reason}") from None
+
+
+def read_config(folder, network):
+    """-> config.json, the numbers in Models. KeyError: one is missing, ValueError: it is bad."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings = {key: config[key] for key in ("size", "frames", "continuity_frames", "identity")}
     settings |= {key: config[network][key] for key in ("steps", "timestep_shift")}
     if network == "teacher":
@@ -124,7 +134,7 @@ def read_settings(config, network):
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         raise ValueError(f"config.json: {', '.join(broken)}")
-    return settings
+    return config, settings
 
 
 def load_dit(path, config):
@@ -213,7 +223,9 @@ def listen(audio, blocks, samples):
     while have < samples and (block := next(blocks, None)) is not None:
         parts.append(np.asarray(block, np.float32))
         have += len(block)
-    return np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else audio
+    if not parts:
+        return audio
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def check_options(models, seed, steps, guidance, continuity_mode):
@@ -236,7 +248,7 @@ def sample(models, noise, z_id, features, kappa, steps, guidance, generator):
         sigmas = student_sigmas(steps, shift)
         z = sample_student(models.dit, noise, z_id, features, kappa, sigmas, generator)
     if not torch.isfinite(z).all():
-        raise ValueError("the network made NaN: broken weights, or a --dtype that is too narrow")
+        raise ValueError("the network made NaN: broken weights, or too narrow numbers (--dtype)")
     return z
 
 
@@ -253,7 +265,8 @@ def decode(vae, z, skip, frames, clock):
 
 # --------------------------------------------------------------------------------------------- main
 
-SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".wma"}     # in a folder
+SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".mka",
+          ".aif", ".aiff", ".amr", ".caf"}                          # in a folder
 FromWeights = tyro.conf.arg(metavar="NUMBER", help_behavior_hint="(default: as in the weights)")
 FromVAE = tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the VAE's own decoder)")
 Largest = tyro.conf.arg(metavar="NUMBER", help_behavior_hint="(default: 1, the largest)")
@@ -295,27 +308,52 @@ def load_portrait(path, picture, size, crop="face", face=None):
     return common.centre_square(picture, size)
 
 
+def is_batch(options):
+    """Can these flags ask for several videos?"""
+    return len(options.audio) > 1 or options.image.is_dir() or options.audio[0].is_dir()
+
+
 def list_videos(options):
-    """Flags -> [(photo, recording, video to write)]. ValueError for an impossible --out."""
+    """Flags -> {recording: {photo: video to write}}. ValueError for an impossible output.
+
+    The folder of several videos is not made yet."""
     def files(path, endings):
         return media_files(path, endings) if path.is_dir() else [path]
 
     photos = files(options.image, PICTURES)
     recordings = [file for path in options.audio for file in files(path, SOUNDS | VIDEOS)]
-    pairs, outs = list(product(photos, recordings)), [options.out]
+    pairs, outs, is_new = list(product(recordings, photos)), [options.out], False
     if not pairs:
         raise ValueError("no picture or no recording is in the folder")
-    if len(options.audio) > 1 or options.image.is_dir() or options.audio[0].is_dir():
-        if options.out.suffix and not options.out.is_dir():
+    if is_batch(options):
+        is_new = not options.out.exists()
+        if options.out.suffix.lower() in common.CONTAINERS and not options.out.is_dir():
             raise ValueError(f"several videos need a folder, --out DIR, not {options.out}")
-        options.out.mkdir(exist_ok=True)
-        outs = [options.out / f"{photo.stem}-{sound.stem}.mp4" for photo, sound in pairs]
+        if is_new and not os.access(options.out.absolute().parent, os.W_OK):
+            raise ValueError(f"cannot write to {options.out}")
+        me, said = clip_names(photos), clip_names(recordings)
+        outs = [options.out / f"{me[photo]}-{said[sound]}.mp4" for sound, photo in pairs]
     inputs = {path.resolve() for path in photos + recordings}
     for out in outs:
         if out.resolve() in inputs or outs.count(out) > 1:
             raise ValueError(f"{out} is one of the inputs, or two videos: choose another name")
-        common.check_output(out)
-    return [(*pair, out) for pair, out in zip(pairs, outs)]
+        if not is_new:
+            common.check_output(out)
+    if options.preview:
+        if len(outs) > 1:
+            raise ValueError(f"--preview is of one video, not of {len(outs)}")
+        if options.preview.resolve() in inputs:
+            raise ValueError(f"{options.preview} is one of the inputs: choose another name")
+        common.check_output(options.preview, (".webp",))            # so it is not the video either
+    read = {options.image: PICTURES}                                # what of which folder
+    for path in options.audio:
+        read[path] = read.get(path, set()) | SOUNDS | VIDEOS
+    for path in filter(Path.is_dir, read):
+        note_unread(path, read[path])
+    videos = {sound: {} for sound in recordings}
+    for (sound, photo), out in zip(pairs, outs):
+        videos[sound][photo] = out
+    return videos
 
 
 def prepare(options):
@@ -359,18 +397,51 @@ def make_video(options, models, image, audio, sound, out):
         common.say(f"first_frame_seconds: {first:.2f}\npeak_memory: {common.peak_memory()}")
 
 
+class Skipped:
+    """`with skipped: ...` of several videos counts and prints what cannot be read or made."""
+
+    def __init__(self, is_batch):
+        self.is_batch, self.count = is_batch, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        skip = self.is_batch and isinstance(error, (OSError, ValueError, av.FFmpegError))
+        if skip:
+            self.count += 1
+            print(f"skipped {self.count}: {error}", file=sys.stderr)
+        return skip
+
+
 def run(options):
+    """Each photo and each recording is read once; bad ones before the weights are loaded."""
     began = time.perf_counter()
     videos = list_videos(options)
-    inputs = ((read_picture(photo), load_audio(recording)) for photo, recording, _ in videos)
-    first = next(inputs)                # bad files are refused before the weights are loaded
-    models = prepare(options)
-    if options.bench:
-        common.say(f"load_seconds: {time.perf_counter() - began:.2f}")
-    for (photo, recording, out), (picture, audio) in zip(videos, chain([first], inputs)):
-        image = load_portrait(photo, picture, models.size, options.crop, options.face)
-        sound = recording if recording.is_file() else audio         # a pipe can be read once
-        make_video(options, models, image, audio, sound, out)
+    with weights_errors(options.weights, "config.json"):
+        size = read_config(options.weights, options.network)[1]["size"]
+    skipped, portraits, models = Skipped(is_batch(options)), {}, None
+    for photo in next(iter(videos.values())):
+        with skipped:
+            picture = read_picture(photo)
+            portraits[photo] = load_portrait(photo, picture, size, options.crop, options.face)
+    for recording, outs in videos.items():
+        audio = None
+        with skipped:
+            audio = load_audio(recording)
+        if audio is None or not portraits:
+            continue
+        if models is None:
+            models = prepare(options)
+            if is_batch(options):
+                options.out.mkdir(exist_ok=True)
+            if options.bench:
+                common.say(f"load_seconds: {time.perf_counter() - began:.2f}")
+        for photo, image in portraits.items():
+            with skipped:
+                make_video(options, models, image, audio, recording, outs[photo])
+    if skipped.count:
+        raise ValueError(f"{skipped.count} skipped, see above")
 
 
 def main(argv=None):

@@ -8,6 +8,7 @@ infer.py and data.py read by the same functions, so a network is shown at the en
 trained on. FFmpeg (PyAV) reads sound and videos, Pillow pictures, libsndfile what FFmpeg does not.
 """
 import io
+import sys
 import warnings
 from contextlib import suppress
 from fractions import Fraction
@@ -26,7 +27,7 @@ SAMPLE_RATE = 16000                             # samples a second
 HOP = SAMPLE_RATE // FPS                        # samples a frame
 VIDEOS = {".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".flv", ".wmv",
           ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"}
-PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
 FORMATS = "JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF"   # for others Pillow starts programs
 MAX_PIXELS = 100_000_000                        # of a picture; more is damage or an attack
 MAX_GAP = 60                                    # seconds without a frame; more is damage
@@ -39,8 +40,21 @@ warnings.filterwarnings("ignore", module=r"PIL\.")              # Pillow warns o
 # -------------------------------------------------------------------------------------------- files
 
 
+def print_any_name():
+    """From now on, names in any alphabet can be printed, whatever the terminal's encoding."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def refuse_pipes(path):
+    """ValueError for what is there, but is no file: files are opened several times."""
+    if path.exists() and not path.is_file():
+        raise ValueError("a folder or a pipe, not a file (a pipe can be saved to one first)")
+
+
 def open_media(path):
     """A file, opened by FFmpeg. With "file:" a colon in its name is no protocol."""
+    refuse_pipes(Path(path))
     return av.open(f"file:{path}", metadata_errors="ignore")    # tags are often not UTF-8
 
 
@@ -264,6 +278,7 @@ def is_plain_vorbis(path):
 
 def read_blocks(path, strict):
     """Blocks by FFmpeg, or, where it finds no sound, by libsndfile. None if there is no sound."""
+    refuse_pipes(path)
     if is_plain_vorbis(path):
         yield from libsndfile_blocks(path)
         return
@@ -288,9 +303,9 @@ def sound_blocks(path, strict=False):
     """Yields (start s, rate, layout, float32 (n, channels)) of a file's default sound track.
 
     Times are counted from the first picture, or from the first sample where there is none; gaps
-    and a late start are silence; sound before the first picture has negative times. `strict`
-    refuses what only a recording may have: damaged frames, a clock that jumps by over MAX_GAP.
-    ValueError for under 4000 samples a second, NaN or infinity."""
+    and a late start are silence, overlaps are cut; sound before the first picture has negative
+    times. `strict` refuses what only a recording may have: damaged frames, a clock that jumps by
+    over MAX_GAP. ValueError for under 4000 samples a second, NaN or infinity."""
     zero, due = None, None                      # on the file's clock: time 0, the next sample
     for time, rate, layout, block in read_blocks(path, strict):
         if rate < 4000:
@@ -309,6 +324,8 @@ def sound_blocks(path, strict=False):
             silence = np.zeros((round(gap * rate), block.shape[1]), np.float32)
             yield due - zero, rate, layout, silence
             due += len(silence) / rate
+        elif -1 <= gap < -0.04:                 # an overlap: that moment has its sound already
+            block = block[round(-gap * rate):]
         elif abs(gap) > 1:                      # another clock from here on: nothing is missing
             zero, due = zero + gap, due + gap
         yield due - zero, rate, layout, block

@@ -33,6 +33,7 @@ from data import (
     FPS,
     HOP,
     VIDEOS,
+    clip_names,
     find_crop,
     media_files,
     note_unread,
@@ -191,12 +192,6 @@ def check(cfg, files):
         raise ValueError(f"{cfg.clips} holds clips already: give a new or empty folder")
 
 
-def clip_names(files):
-    """path -> its name without the ending, or with it where a.mov lies beside a.mp4."""
-    taken = Counter(text.casefold() for path in files for text in (path.stem, path.name))
-    return {path: path.stem if taken[path.stem.casefold()] == 1 else path.name for path in files}
-
-
 def write_clip(base, frames, audio, boxes, about):
     """`base` + .json, .npz, .mp4: what is written about the clip, its face, itself."""
     Path(f"{base}.json").write_text(json.dumps(about), encoding="utf-8")
@@ -228,27 +223,28 @@ def look_through(path, size, faces):
 
 def prepare_video(path, name, cfg, kept, faces, sync_score):
     """Eq. 19 to 22 for one video, scene by scene -> the rows of its scenes."""
+    rows = []
     try:
         crop, grey, audio = look_through(path, cfg.size, faces)                 # Eq. 20
+        source, h = sidecar_text(path, "source", ""), visual_hash(grey)
+        copy_of = first_copy(source, h, kept, cfg.alike)                        # Eq. 19
+        squares = read_squares(path, cfg.size, crop)
+        for k, (first, end) in enumerate(scenes_of(grey, cfg.cut, cfg.longest * FPS)):
+            clip, start = f"{name}_{k:03d}", first / FPS
+            scene = np.stack(list(islice(squares, end - first)))
+            sound = audio[first * HOP:end * HOP]
+            boxes = [faces(frame) for frame in scene[::5]] if faces else []     # 5 times a second
+            figures, reasons = judge(scene, sound, boxes, cfg, copy_of, sync_score)
+            row = {"clip": clip, "source": path.name, "start": start, "reason": "; ".join(reasons)}
+            if not reasons:
+                about = {"identity": sidecar_text(path, "identity", path.stem),
+                         "video": source or path.stem, "start": start}
+                write_clip(cfg.clips / clip, scene, sound, boxes, about)
+                kept[path.name] = source, h
+            rows.append(row | figures)
     except Exception as error:              # a decoder can raise anything for a damaged file
         reason = f"unreadable: {error!r}"
-        return [{"clip": name, "source": path.name, "reason": reason}]
-    source, h = sidecar_text(path, "source", ""), visual_hash(grey)
-    copy_of = first_copy(source, h, kept, cfg.alike)                            # Eq. 19
-    squares, rows = read_squares(path, cfg.size, crop), []
-    for k, (first, end) in enumerate(scenes_of(grey, cfg.cut, cfg.longest * FPS)):
-        clip, start = f"{name}_{k:03d}", first / FPS
-        scene = np.stack(list(islice(squares, end - first)))
-        sound = audio[first * HOP:end * HOP]
-        boxes = [faces(frame) for frame in scene[::5]] if faces else []         # 5 times a second
-        figures, reasons = judge(scene, sound, boxes, cfg, copy_of, sync_score)
-        row = {"clip": clip, "source": path.name, "start": start, "reason": "; ".join(reasons)}
-        rows.append(row | figures)
-        if not reasons:
-            kept[path.name] = source, h
-            about = {"identity": sidecar_text(path, "identity", path.stem),
-                     "video": source or path.stem, "start": start}
-            write_clip(cfg.clips / clip, scene, sound, boxes, about)
+        rows.append({"clip": name, "source": path.name, "reason": reason})
     return rows
 
 

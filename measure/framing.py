@@ -111,7 +111,10 @@ def find_faces(image, deeper=1):
             seen = landmarker.refine(image, face)
             if seen is None or known(seen[0][:, :2].mean(0), found):
                 continue
-            portrait = cut_out(Image.fromarray(image), square_of(seen[0]), SMALLEST_TILE)
+            square = square_of(seen[0])
+            if not touches(square, image.shape[1], image.shape[0]):
+                continue
+            portrait = cut_out(Image.fromarray(image), square, SMALLEST_TILE)
             if landmarker.detect(np.asarray(portrait)):             # fur and leaves fail here
                 found.append(Found(*seen))
         tile //= 2
@@ -130,6 +133,12 @@ def square_of(points):
     down = side * (0.5 - EYES_HEIGHT) * torch.stack([-angle.sin(), angle.cos()])
     x, y = (left + right) / 2 + down
     return Square(*(float(value) for value in (x, y, side, angle.rad2deg())))
+
+
+def touches(square, width, height):
+    """Does a Square have a part of a picture of this size in it?"""
+    half = square.side / 2
+    return -half < square.x < width + half and -half < square.y < height + half
 
 
 def is_framed(square, width, height):

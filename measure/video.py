@@ -9,7 +9,6 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
@@ -17,15 +16,15 @@ from PIL import Image, ImageFilter
 from common import VideoWriter
 from data import FPS, HOP, read_audio, read_video, square_crop, to_tensor, to_uint8
 from measure.pixels import phones_of
+from media import default_track, open_media
 
 SEGMENT = 125                                           # frames measured at a time, 5 s
 
 
 def probe(path):
     """-> seconds of picture, seconds of sound (0: none), remarks on what is unusual about it."""
-    with av.open(str(path)) as file:
-        video = file.streams.best("video")
-        sound = file.streams.best("audio")
+    with open_media(path) as file:
+        video, sound = default_track(file, "video"), default_track(file, "audio")
         if video is None:
             raise ValueError("no video in it")
 

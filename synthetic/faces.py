@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from PIL import Image, ImageDraw, ImageFilter
 
-from data import FORMATS
+from media import FORMATS
 from synthetic.drawn import draw_face
 from synthetic.mesh import BROWS, EYE_CORNERS, OVAL, smoothstep
 from synthetic.warp import Puppet

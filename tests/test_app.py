@@ -3,17 +3,20 @@
     python -m pytest -m browser         drives a real Chromium; left out of an ordinary run
 """
 import io
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import soundfile
 from conftest import ROOT
+from PIL import Image
 from test_infer import speech, weights  # noqa: F401 (a fixture)
 
 from data import SAMPLE_RATE
@@ -29,14 +32,14 @@ def stream():
 
 
 def test_a_stream_can_be_played_while_it_is_made(stream):
-    """Property: what has been sent at any time is a playable video, with sound in step; a reader
-    who comes late gets it from the start; the end is the end."""
+    """Property: what has been sent at any time is a playable video, with sound in step (a flash and
+    a click at 1 s stay together); a reader who comes late gets it from the start."""
     received = []
     reader = threading.Thread(target=lambda: received.extend(stream.read()))
     reader.start()
     stream.open(32, with_sound=True)
-    frames = np.random.default_rng(0).integers(0, 255, (50, 32, 32, 3), np.uint8)
-    sound = speech(2)
+    frames, sound = np.zeros((50, 32, 32, 3), np.uint8), np.zeros(2 * SAMPLE_RATE, np.float32)
+    frames[25], sound[25 * 640:25 * 640 + 320] = 255, 0.9
     for begin in range(0, 50, 10):
         stream.add(frames[begin:begin + 10], sound[begin * 640:(begin + 10) * 640])
     early = bytes(stream.data)
@@ -48,7 +51,13 @@ def test_a_stream_can_be_played_while_it_is_made(stream):
         with av.open(io.BytesIO(data)) as file:
             assert least <= sum(1 for _ in file.decode(video=0)) <= 50
     with av.open(io.BytesIO(stream.data)) as file:
-        samples = sum(frame.samples for frame in file.decode(audio=0))
+        flash = max(file.decode(video=0), key=lambda frame: frame.to_ndarray().mean()).time
+    with av.open(io.BytesIO(stream.data)) as file:
+        blocks = [(frame.time, frame.to_ndarray()[0]) for frame in file.decode(audio=0)]
+    start, loudest = max(blocks, key=lambda block: np.abs(block[1]).max())
+    click = start + np.abs(loudest).argmax() / SAMPLE_RATE
+    assert abs(click - flash) <= 0.01
+    samples = sum(len(block) for _, block in blocks)
     assert abs(samples - len(sound)) <= 3 * 1024                    # AAC comes in blocks
 
 
@@ -66,6 +75,54 @@ def test_a_microphone_of_any_rate_becomes_16_khz_blocks(stream):
     expected = 8000 / 32768 * 2 * np.pi * 440 / 16000               # steepest step of the tone
     assert np.abs(np.diff(sound[200:])).max() < 1.1 * expected
 
+
+@pytest.fixture
+def app(monkeypatch, tmp_path):
+    """What the page does, without weights, a page or a server."""
+    pytest.importorskip("gradio", reason="pip install -r requirements-app.txt")
+    import app
+    monkeypatch.setattr(app.infer, "load", lambda name: SimpleNamespace(size=32, read=name))
+    return app.App(app.Options(share=True, longest=1.0), tmp_path)
+
+
+def test_a_page_that_is_left_or_ended_keeps_nothing(app, tmp_path):
+    """Property: sound of over `longest` seconds, or after the end, is not kept; a page left in the
+    queue makes no video, and nobody waits for it; videos of an hour ago are deleted."""
+    visitor = SimpleNamespace(session_hash="me")
+    app.begin(True, PORTRAIT, "sound", visitor)
+    stream = app.streams["me"]
+    for _ in range(20):
+        app.receive((16000, np.ones(1600, np.int16)), visitor)
+    assert 16000 <= stream.samples < 16000 + 1600 == 17600
+    assert sum(map(len, stream.blocks())) == stream.samples             # and then it is over
+    app.leave(visitor)
+    assert list(stream.read()) == []
+    old = tmp_path / "talking-1.mp4"
+    old.touch()
+    os.utime(old, (0, 0))
+    assert app.make(PORTRAIT, 0, "sound", None, "", visitor) is None and not old.exists()
+    assert list(app.speak(PORTRAIT, 0, None, "", visitor)) == []
+    app.streams["me"] = stream
+    before = stream.samples
+    app.receive((16000, np.ones(1600, np.int16)), visitor)
+    assert stream.samples == before
+
+
+def test_the_crop_is_what_will_be_animated(app, tmp_path):
+    """Property: of "the whole picture" the centre square is shown; a bad file is refused; a guest
+    does not choose among our folders; no message has a flag or a folder in it."""
+    import app as module
+    wide = np.zeros((40, 80, 3), np.uint8)
+    wide[:, 20:60] = 255
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    shown, _ = app.look(str(tmp_path / "wide.png"), 3, "/etc")
+    assert shown.shape == (32, 32, 3) and shown.min() > 240
+    assert app.models("/etc").read == str(app.options.weights)
+    (tmp_path / "bad.png").write_text("text", encoding="utf-8")
+    for face in (0, 3):
+        with pytest.raises(module.gr.Error, match="^.bad.png is not a picture"):
+            app.look(str(tmp_path / "bad.png"), face, "")
+    assert module.words_of_the_page("/tmp/x/a.png: no face (try --crop none)") == "a.png: no face"
 
 
 def test_without_gradio_it_says_what_to_install():

@@ -3,9 +3,11 @@
 Also of tiny/whisper.py, which audio.AudioEncoder loads for the small preset."""
 import io
 import json
+import os
 import shutil
 import socket
 import struct
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +21,7 @@ from av.stream import Disposition
 from PIL import Image
 
 import audio
+import media
 from audio import AudioEncoder, AudioProjection, latent_windows, load_audio
 from data import HOP, SAMPLE_RATE
 
@@ -246,7 +249,7 @@ def test_the_default_track_is_taken(tmp_path):
     assert abs(pitch(load_audio(tmp_path / "b.mka")) - 440) < 1         # it cannot be played
 
 
-def test_tags_names_and_covers_do_not_matter(tmp_path):
+def test_tags_names_and_covers_do_not_matter(tmp_path, monkeypatch):
     """Property: a tag that is no UTF-8, a colon in a name, an album cover change nothing."""
     wave = tone(440)
     with av.open(str(tmp_path / "a.mp3"), "w", metadata_encoding="latin-1") as out:
@@ -259,8 +262,44 @@ def test_tags_names_and_covers_do_not_matter(tmp_path):
         packets = cover.encode(av.VideoFrame(16, 16, "rgb24")) + cover.encode()
         out.mux(packets + voice.encode(frame) + voice.encode())
     assert abs(len(load_audio(tmp_path / "a.mp3")) - len(wave)) < 160
-    soundfile.write(tmp_path / "take 1: hello.wav", wave, 16000)
-    assert len(load_audio(tmp_path / "take 1: hello.wav")) == len(wave)
+    monkeypatch.chdir(tmp_path)                             # without a folder it looks like a URL
+    soundfile.write("take:hello.wav", wave, 16000)
+    assert len(load_audio("take:hello.wav")) == len(wave)
+
+
+def test_a_pipe_is_refused(tmp_path):
+    """Property: files are opened several times, a pipe can be read once: one line, no waiting."""
+    for name in ("pipe", "pipe.ogg", "pipe.mp4"):
+        os.mkfifo(tmp_path / name)
+    said = []
+
+    def read(reader, path):
+        with pytest.raises(ValueError, match="a folder or a pipe") as error:
+            reader(path)
+        said.append(str(error.value))
+    for reader, name in ((load_audio, "pipe"), (load_audio, "pipe.ogg"),
+                         (lambda path: next(media.read_video(path)), "pipe.mp4")):
+        thread = threading.Thread(target=read, args=(reader, tmp_path / name), daemon=True)
+        thread.start()
+        thread.join(20)
+    assert len(said) == 3
+
+
+def test_an_overlap_is_played_once(tmp_path):
+    """Property: where time stamps say that two blocks overlap, what follows stays on its time."""
+    block = np.zeros(SAMPLE_RATE, np.int16)
+    block[3 * SAMPLE_RATE // 4] = 30000                     # a click 0.75 s after its begin
+    with av.open(str(tmp_path / "a.mka"), "w", format="matroska") as file:
+        stream = file.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="mono")
+        for start in (0, SAMPLE_RATE // 2):
+            frame = av.AudioFrame.from_ndarray(block[None], "s16", "mono")
+            frame.sample_rate, frame.time_base = SAMPLE_RATE, Fraction(1, SAMPLE_RATE)
+            frame.pts = start
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    wave = load_audio(tmp_path / "a.mka")
+    assert len(wave) == 1.5 * SAMPLE_RATE
+    assert (np.flatnonzero(wave > 0.5) / SAMPLE_RATE).tolist() == [0.75, 1.25]
 
 
 def bad_files(folder):

@@ -272,18 +272,17 @@ def test_square_around_the_middle_or_the_face():
         assert min(x0, y0) >= 0 and x1 <= 1000 and y1 <= 800 and np.isclose(x1 - x0, y1 - y0)
 
 
-def test_the_face_mask_comes_from_the_sidecar_or_a_parser_or_is_an_ellipse():
-    """Property (Eq. 23): a given mask is kept, else a parser makes it, else an ellipse does."""
+def test_the_face_mask_comes_from_the_sidecar_or_is_an_ellipse():
+    """Property (Eq. 23): a given mask is kept, else an ellipse makes it."""
     frames = np.zeros((3, 64, 64, 3), np.uint8)
     given = np.zeros((3, 32, 32), np.uint8)
     given[1, :, :16] = 255
-    assert (data.face_mask(frames, given, None, None)[:, 0, 0] == [0, 255, 0]).all()
-    assert data.face_mask(frames, None, None, lambda frame: frame[:16, :16, 0] + 255).all()
-    ellipse = data.face_mask(frames, None, (0.25, 0.0, 0.75, 1.0), None)
+    assert (data.face_mask(frames, given, None)[:, 0, 0] == [0, 255, 0]).all()
+    ellipse = data.face_mask(frames, None, (0.25, 0.0, 0.75, 1.0))
     assert ellipse.shape == (3, 16, 16) and ellipse[0, 8, 8] == 255 and ellipse[0, 0, 0] == 0
     assert abs(ellipse[0].mean() / 255 - np.pi / 4 * 0.5) < 0.05
     with pytest.raises(ValueError, match="2 masks for 3 frames"):
-        data.face_mask(frames, given[:2], None, None)
+        data.face_mask(frames, given[:2], None)
 
 
 def test_sound_begins_with_the_video_stream_that_is_read(tmp_path):
@@ -422,8 +421,10 @@ def test_one_person_can_be_trained_on(tmp_path, capsys, monkeypatch):
     (tmp_path / "b.mp4").unlink()
     (tmp_path / "c.mp4").unlink()
     assert data.ClipFolder(tmp_path, 16, "train").clips[0].length == 30
+    assert "the end is held out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="too short to hold out its end"):
         data.ClipFolder(tmp_path, 16, "val")
+    assert "held out" not in capsys.readouterr().err        # it was not
 
 
 def test_only_an_edited_file_is_decoded_again(tmp_path):
@@ -501,6 +502,18 @@ def test_a_split_table_of_another_form_is_one_clear_line(tmp_path, capsys, name,
         data.main([str(tmp_path)])
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(lines) == 1 and f"split.{name} needs " in lines[0]
+
+
+def test_a_name_that_stdout_has_not_is_printed_as_an_escape(tmp_path, monkeypatch):
+    """Property: a report about a file of any name is printed on a terminal of any encoding."""
+    clips, out = tmp_path / "clips", tmp_path / "out.txt"
+    clips.mkdir()
+    (clips / "\u4e2d.mp4").touch()
+    Image.new("RGB", (32, 32)).save(clips / "a.png")
+    with open(out, "w", encoding="cp1252") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        data.main([str(clips), "--size", "32"])
+    assert "\\u4e2d.mp4: " in out.read_text(encoding="cp1252")
 
 
 def test_a_picture_is_a_clip_of_one_frame(folder):

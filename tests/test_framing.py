@@ -1,5 +1,6 @@
 """A photo's face is found, framed as in training, and what was done is said."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,6 +129,15 @@ def test_the_edge_is_repeated_where_the_photo_ends():
     assert np.array_equal(outside[0, :30], x[0, 70:]) and (outside[:, 30:] == 99).all()
     turned = np.array(cut_out(photo, Square(50, 40, 30, 90), 30)).astype(int)
     assert np.abs(turned[:, :, 0] - (64.5 - np.arange(30))[:, None]).max() <= 1     # right is up
+
+
+def test_a_face_beyond_the_picture_is_none(truth, monkeypatch):
+    """Property: a candidate whose square has nothing of the picture in it is passed over."""
+    seen = SimpleNamespace(score=1.0, box=torch.zeros(4), moved=lambda x, y: seen)
+    finder = SimpleNamespace(detect=lambda cut: [seen],
+                             refine=lambda image, face: (truth + 10_000, 1.0))
+    monkeypatch.setattr("measure.framing.shipped_landmarker", lambda: finder)
+    assert find_faces(np.zeros((128, 128, 3), np.uint8)) == []
 
 
 def test_what_makes_a_bad_video_is_said(truth):

@@ -347,7 +347,7 @@ def test_wrong_time_stamps_cost_no_memory(tmp_path):
         load_audio(tmp_path / "slow.wav")                   # at 16 kHz: 640 million samples
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")   # data.py ignores it too
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")   # as media.py does
 def test_what_once_broke_a_reader(tmp_path):
     """Property: faults that were found once stay mended.
 

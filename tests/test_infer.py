@@ -363,7 +363,9 @@ def test_mp4_holds_frames_and_sound_of_the_same_length(weights, files, capsys):
     audio = speech(3.25)
     soundfile.write(files / "speech.wav", np.stack([audio, audio], 1), SAMPLE_RATE)
     out = files / "mein Bild ü.mp4"
-    infer.main(command(files, weights, "--out", out, "--bench"))
+    infer.main(command(files, weights, "--out", out, "--bench", "--preview", files / "begin.webp"))
+    with Image.open(files / "begin.webp") as preview:
+        assert preview.n_frames == 41 and preview.size == (32, 32)  # every second one
     with av.open(str(out)) as file:
         frames = sum(1 for _ in file.decode(video=0))
         lengths = [float(s.duration * s.time_base) for s in file.streams]
@@ -391,34 +393,52 @@ def test_silence_is_allowed(weights, files):
     assert (files / "o.mp4").stat().st_size > 1000
 
 
-def test_each_photo_with_each_recording(weights, files, capsys):
-    """Property: folders and lists of inputs make one video a pair, in a folder, and its preview; a
-    video is a recording, too."""
+def test_each_photo_with_each_recording(weights, files, capsys, monkeypatch):
+    """Property: folders and lists of inputs make one video a pair, in a new folder; a video is a
+    recording, too. Each file is read once; a bad one is one counted line, and exit code 2."""
     for folder in ("photos", "sounds"):
         (files / folder).mkdir()
     for name in "ab":
         shutil.copy(files / "me.png", files / "photos" / f"{name}.png")
-    soundfile.write(files / "sounds" / "one.wav", speech(0.2), SAMPLE_RATE)
+    for name in ("one.wav", "one.flac"):
+        soundfile.write(files / "sounds" / name, speech(0.2), SAMPLE_RATE)
+    for bad in ("photos/bad.png", "sounds/bad.wav", "sounds/unknown.xyz"):
+        (files / bad).write_text("neither", encoding="utf-8")
     frames = np.zeros((10, 32, 32, 3), np.uint8)
     common.write_mp4(files / "two.mp4", frames, np.int16(speech(0.4) * 32767))
     inputs = ["--image", files / "photos", "--audio", files / "sounds", files / "two.mp4"]
-    infer.main(command(files, weights, *inputs, "--out", files / "made", "--preview",
-                       files / "begin.webp"))
+    made, never, read = files / "v1.0", files / "never", []
+    for name in ("read_picture", "load_audio"):
+        real = getattr(infer, name)
+        monkeypatch.setattr(infer, name, lambda path, real=real: read.append(path) or real(path))
+    with pytest.raises(SystemExit) as ended:
+        infer.main(command(files, weights, *inputs, "--out", made))
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and printed.out.count("video: ") == 6
+    note, photo, sound, end = [line for line in printed.err.splitlines() if "sk" in line
+                               or "note" in line]
+    assert note.endswith("sounds: .xyz 1") and end == "infer.py: 2 skipped, see above"
+    assert photo.startswith("skipped 1: ") and "bad.png" in photo
+    assert sound.startswith("skipped 2: ") and "bad.wav" in sound
+    assert len(read) == len(set(read)) == 7
     lengths = {}
-    for path in (files / "made").iterdir():
+    for path in made.iterdir():
         with av.open(str(path)) as file:
             lengths[path.name] = sum(1 for _ in file.decode(video=0))
-    assert lengths.pop("a-one.mp4") == lengths.pop("b-one.mp4") == 5
-    assert lengths.pop("a-two.mp4") in (10, 11, 12)             # AAC comes in blocks of 64 ms
-    assert lengths.keys() == {"b-two.mp4"}
-    with Image.open(files / "begin.webp") as preview:
-        assert preview.n_frames in (5, 6) and preview.size == (32, 32)
-    assert capsys.readouterr().out.count("video: ") == 4
+    for name in "ab":                           # one.wav and one.flac: the ending tells them apart
+        assert lengths.pop(f"{name}-one.wav.mp4") == lengths.pop(f"{name}-one.flac.mp4") == 5
+        assert lengths.pop(f"{name}-two.mp4") in (10, 11, 12)       # AAC comes in blocks of 64 ms
+    assert not lengths
+    (files / "sounds" / "unknown.xyz").unlink()                     # its note is another line
+    (files / "empty").mkdir()
     for wrong, words in ((["--out", files / "o.mp4"], "--out DIR"),
-                         (["--audio", files / "empty", "--out", files / "made"], "no recording"),
-                         (["--audio", *[files / "two.mp4"] * 2, "--out", files / "made"], "two")):
-        (files / "empty").mkdir(exist_ok=True)
+                         (["--audio", files / "empty"], "no recording"),
+                         (["--preview", files / "p.webp"], "of one video, not of 12"),
+                         (["--weights", files / "empty"], "config.json is missing"),
+                         (["--audio", *[files / "two.mp4"] * 2], "two")):
+        wrong = wrong if "--out" in wrong else [*wrong, "--out", never]
         assert words in refuse(command(files, weights, *inputs, *wrong), capsys)
+    assert not never.exists()
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -513,10 +533,11 @@ BAD_FLAGS = [
     ("out", "folder.mp4", "cannot write"), ("out", "no/where.mp4", "cannot write"),
     ("out", "o.avi", "ends in .mp4"), ("out", "n" * 252 + ".mp4", "name too long"),
     ("out", "me.png", "inputs"), ("out", "speech.wav", "inputs"),
+    ("preview", "p.gif", "ends in .webp"), ("preview", "no/where.webp", "cannot write"),
+    ("preview", "me.png", "inputs"), ("crop", "face", "me.png: there is no face in it"),
     ("weights", "nowhere", "config.json is missing"),
     ("steps", "0", "steps"), ("seed", "-1", "seed"), ("device", "cuda", "no cuda"),
-    ("guidance", "2", "the student takes no --guidance"),
-    ("crop", "face", "me.png: there is no face in it")]
+    ("guidance", "2", "the student takes no --guidance")]
 
 
 def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypatch):
@@ -536,12 +557,12 @@ def test_bad_input_is_one_line_and_exit_code_2(weights, files, capsys, monkeypat
     loaded, load = [], infer.load
     monkeypatch.setattr(infer, "load", lambda *args: loaded.append(args) or load(*args))
     for flag, value, expected in BAD_FLAGS:
-        is_path = flag in ("image", "audio", "out", "weights")
+        is_path = flag in ("image", "audio", "out", "preview", "weights")
         value = files / value if is_path else value
         line = refuse(command(files, weights, f"--{flag}", value), capsys)
         assert expected in line, (flag, value, line)
         assert not (files / "o.mp4").exists() and not part_files(files)
-        assert not loaded or flag not in ("image", "audio", "out")      # known without the networks
+        assert not loaded or flag in ("steps", "seed", "device", "guidance")    # else known before
     assert (files / "me.png").read_bytes() == picture           # no input was written over
 
 

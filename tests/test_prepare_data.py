@@ -64,6 +64,14 @@ def test_conditions_of_equation_22():
     assert "rho" not in prepare_data.measure_scene(pictures, np.int16(sound * 32767), [])
 
 
+def test_what_breaks_in_the_second_pass_is_a_row(monkeypatch):
+    """Property: an error after the first look costs one video, not the report."""
+    grey, sound = np.zeros((50, 16, 16), np.float32), np.zeros(50 * HOP, np.int16)
+    monkeypatch.setattr(prepare_data, "look_through", lambda *_: ((0, 0, 32, 32), grey, sound))
+    rows = prepare_data.prepare_video(Path("no.mp4"), "no", DEFAULTS, {}, None, None)
+    assert len(rows) == 1 and rows[0]["reason"].startswith("unreadable: ")
+
+
 def test_every_rejected_scene_is_a_row_with_its_reason(tmp_path, monkeypatch, capsys):
     """Property: the report has the figures and the reason of each scene; kept ones are plain clips.
 
