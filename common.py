@@ -20,7 +20,7 @@ from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -35,9 +35,15 @@ from safetensors.torch import save_file
 
 from media import (
     FPS,
+    PICTURES,
     SAMPLE_RATE,
+    SOUNDS,
+    VIDEOS,
+    clip_names,
     default_track,
     known_layout,
+    media_files,
+    note_unread,
     open_media,
     print_any_name,
     read_picture,
@@ -707,3 +713,70 @@ def write_mp4(path, frames, audio):
         sound.time_base, sound.pts = Fraction(1, SAMPLE_RATE), 0    # without a time it begins late
         file.mux([*video.encode(), *voice.encode(sound), *voice.encode()])
     part.replace(path)
+
+# --------------------------------------------------------------------- several videos of infer.py
+
+
+def is_batch(options):
+    """Can these flags ask for several videos?"""
+    return len(options.audio) > 1 or options.image.is_dir() or options.audio[0].is_dir()
+
+
+def list_videos(options):
+    """Flags -> {recording: {photo: video to write}}. ValueError for an impossible output.
+
+    The folder of several videos is not made yet."""
+    def files(path, endings):
+        return media_files(path, endings) if path.is_dir() else [path]
+
+    photos = files(options.image, PICTURES)
+    recordings = [file for path in options.audio for file in files(path, SOUNDS | VIDEOS)]
+    pairs, outs, is_new = list(product(recordings, photos)), [options.out], False
+    if not pairs:
+        raise ValueError("no picture or no recording is in the folder")
+    if is_batch(options):
+        is_new = not options.out.exists()
+        if options.out.suffix.lower() in CONTAINERS and not options.out.is_dir():
+            raise ValueError(f"several videos need a folder, --out DIR, not {options.out}")
+        if is_new and not os.access(options.out.absolute().parent, os.W_OK):
+            raise ValueError(f"cannot write to {options.out}")
+        me, said = clip_names(photos), clip_names(recordings)
+        outs = [options.out / f"{me[photo]}-{said[sound]}.mp4" for sound, photo in pairs]
+    inputs = {path.resolve() for path in photos + recordings}
+    for out in outs:
+        if out.resolve() in inputs or outs.count(out) > 1:
+            raise ValueError(f"{out} is one of the inputs, or two videos: choose another name")
+        if not is_new:
+            check_output(out)
+    if options.preview:
+        if len(outs) > 1:
+            raise ValueError(f"--preview is of one video, not of {len(outs)}")
+        if options.preview.resolve() in inputs:
+            raise ValueError(f"{options.preview} is one of the inputs: choose another name")
+        check_output(options.preview, (".webp",))            # so it is not the video either
+    read = {options.image: PICTURES}                                # what of which folder
+    for path in options.audio:
+        read[path] = read.get(path, set()) | SOUNDS | VIDEOS
+    for path in filter(Path.is_dir, read):
+        note_unread(path, read[path])
+    videos = {sound: {} for sound in recordings}
+    for (sound, photo), out in zip(pairs, outs):
+        videos[sound][photo] = out
+    return videos
+
+
+class Skipped:
+    """`with skipped: ...` of several videos counts and prints what cannot be read or made."""
+
+    def __init__(self, is_batch):
+        self.is_batch, self.count = is_batch, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        skip = self.is_batch and isinstance(error, (OSError, ValueError, av.FFmpegError))
+        if skip:
+            self.count += 1
+            print(f"skipped {self.count}: {error}", file=sys.stderr)
+        return skip

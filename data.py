@@ -20,7 +20,6 @@ import json
 import signal
 import sys
 import tempfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -41,13 +40,15 @@ from media import (  # noqa: F401  other files take these constants from here
     PICTURES,
     SAMPLE_RATE,
     VIDEOS,
+    clip_names,
+    media_files,
+    note_unread,
     print_any_name,
     read_audio,
     read_video,
 )
 
 FACE_BOX = 0.24, 0.18, 0.76, 0.88               # a face: x0 y0 x1 y1, shares of the side
-SIDECARS = {".json", ".npz", ".tsv", ".csv", ".txt", ".md"}    # of clips, or about a folder
 
 # ------------------------------------------------------------------------------------------- pixels
 
@@ -233,32 +234,6 @@ def divided(length, part):
 
 def is_first_process():
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def media_files(folder, endings):
-    """The files with one of the endings that lie directly in a folder, by name."""
-    visible = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in visible if path.suffix.lower() in endings)
-
-
-def clip_names(files):
-    """path -> its name without the ending, or with it where a.mov lies beside a.mp4."""
-    taken = Counter(text.casefold() for path in files for text in (path.stem, path.name))
-    return {path: path.stem if taken[path.stem.casefold()] == 1 else path.name for path in files}
-
-
-def note_unread(folder, endings=frozenset(VIDEOS | PICTURES)):
-    """Say in one line what lies in a folder and is not read. Sidecars and hidden files are used."""
-    known = endings | SIDECARS
-    others = [p for p in folder.iterdir() if not p.name.startswith(".")]
-    folders = sum(path.is_dir() for path in others)
-    endings = Counter(p.suffix.lower() for p in others if p.is_file())
-    unread = [f"{ending or 'no ending'} {n}" for ending, n in endings.items()
-              if ending not in known]
-    if folders:
-        unread.append(f"folders {folders}")
-    if unread:
-        print(f"note: not read in {folder}: {', '.join(unread)}", file=sys.stderr)
 
 
 def read_split(table):

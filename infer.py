@@ -21,17 +21,15 @@ audio may also be an iterator of blocks, as a microphone makes them. A chunk can
 sound is there: T / 25 s for the first chunk, then (T - n) / 25 s (the small preset: 1.3 and 1 s).
 """
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal
 
-import av
 import numpy as np
 import torch
 import tyro
@@ -40,7 +38,7 @@ from tqdm import tqdm
 
 import common
 from audio import AudioEncoder, load_audio, load_audio_encoder
-from data import FPS, HOP, PICTURES, VIDEOS, clip_names, media_files, note_unread, to_uint8
+from data import FPS, HOP, to_uint8
 from dit import (
     AudioDiT,
     DiTConfig,
@@ -265,8 +263,6 @@ def decode(vae, z, skip, frames, clock):
 
 # --------------------------------------------------------------------------------------------- main
 
-SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".mka",
-          ".aif", ".aiff", ".amr", ".caf"}                          # in a folder
 FromWeights = tyro.conf.arg(metavar="NUMBER", help_behavior_hint="(default: as in the weights)")
 FromVAE = tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the VAE's own decoder)")
 Largest = tyro.conf.arg(metavar="NUMBER", help_behavior_hint="(default: 1, the largest)")
@@ -306,54 +302,6 @@ def load_portrait(path, picture, size, crop="face", face=None):
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     return common.centre_square(picture, size)
-
-
-def is_batch(options):
-    """Can these flags ask for several videos?"""
-    return len(options.audio) > 1 or options.image.is_dir() or options.audio[0].is_dir()
-
-
-def list_videos(options):
-    """Flags -> {recording: {photo: video to write}}. ValueError for an impossible output.
-
-    The folder of several videos is not made yet."""
-    def files(path, endings):
-        return media_files(path, endings) if path.is_dir() else [path]
-
-    photos = files(options.image, PICTURES)
-    recordings = [file for path in options.audio for file in files(path, SOUNDS | VIDEOS)]
-    pairs, outs, is_new = list(product(recordings, photos)), [options.out], False
-    if not pairs:
-        raise ValueError("no picture or no recording is in the folder")
-    if is_batch(options):
-        is_new = not options.out.exists()
-        if options.out.suffix.lower() in common.CONTAINERS and not options.out.is_dir():
-            raise ValueError(f"several videos need a folder, --out DIR, not {options.out}")
-        if is_new and not os.access(options.out.absolute().parent, os.W_OK):
-            raise ValueError(f"cannot write to {options.out}")
-        me, said = clip_names(photos), clip_names(recordings)
-        outs = [options.out / f"{me[photo]}-{said[sound]}.mp4" for sound, photo in pairs]
-    inputs = {path.resolve() for path in photos + recordings}
-    for out in outs:
-        if out.resolve() in inputs or outs.count(out) > 1:
-            raise ValueError(f"{out} is one of the inputs, or two videos: choose another name")
-        if not is_new:
-            common.check_output(out)
-    if options.preview:
-        if len(outs) > 1:
-            raise ValueError(f"--preview is of one video, not of {len(outs)}")
-        if options.preview.resolve() in inputs:
-            raise ValueError(f"{options.preview} is one of the inputs: choose another name")
-        common.check_output(options.preview, (".webp",))            # so it is not the video either
-    read = {options.image: PICTURES}                                # what of which folder
-    for path in options.audio:
-        read[path] = read.get(path, set()) | SOUNDS | VIDEOS
-    for path in filter(Path.is_dir, read):
-        note_unread(path, read[path])
-    videos = {sound: {} for sound in recordings}
-    for (sound, photo), out in zip(pairs, outs):
-        videos[sound][photo] = out
-    return videos
 
 
 def prepare(options):
@@ -397,30 +345,13 @@ def make_video(options, models, image, audio, sound, out):
         common.say(f"first_frame_seconds: {first:.2f}\npeak_memory: {common.peak_memory()}")
 
 
-class Skipped:
-    """`with skipped: ...` of several videos counts and prints what cannot be read or made."""
-
-    def __init__(self, is_batch):
-        self.is_batch, self.count = is_batch, 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        skip = self.is_batch and isinstance(error, (OSError, ValueError, av.FFmpegError))
-        if skip:
-            self.count += 1
-            print(f"skipped {self.count}: {error}", file=sys.stderr)
-        return skip
-
-
 def run(options):
     """Each photo and each recording is read once; bad ones before the weights are loaded."""
     began = time.perf_counter()
-    videos = list_videos(options)
+    videos = common.list_videos(options)
     with weights_errors(options.weights, "config.json"):
         size = read_config(options.weights, options.network)[1]["size"]
-    skipped, portraits, models = Skipped(is_batch(options)), {}, None
+    skipped, portraits, models = common.Skipped(common.is_batch(options)), {}, None
     for photo in next(iter(videos.values())):
         with skipped:
             picture = read_picture(photo)
@@ -433,7 +364,7 @@ def run(options):
             continue
         if models is None:
             models = prepare(options)
-            if is_batch(options):
+            if common.is_batch(options):
                 options.out.mkdir(exist_ok=True)
             if options.bench:
                 common.say(f"load_seconds: {time.perf_counter() - began:.2f}")

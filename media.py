@@ -10,6 +10,7 @@ trained on. FFmpeg (PyAV) reads sound and videos, Pillow pictures, libsndfile wh
 import io
 import sys
 import warnings
+from collections import Counter
 from contextlib import suppress
 from fractions import Fraction
 from itertools import chain
@@ -28,6 +29,9 @@ HOP = SAMPLE_RATE // FPS                        # samples a frame
 VIDEOS = {".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".flv", ".wmv",
           ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"}
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
+SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".mka",
+          ".aif", ".aiff", ".amr", ".caf"}
+SIDECARS = {".json", ".npz", ".tsv", ".csv", ".txt", ".md"}    # of clips, or about a folder
 FORMATS = "JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF"   # for others Pillow starts programs
 MAX_PIXELS = 100_000_000                        # of a picture; more is damage or an attack
 MAX_GAP = 60                                    # seconds without a frame; more is damage
@@ -426,3 +430,31 @@ def read_audio(path, samples):
         if not missing:
             break
     return np.concatenate([*parts, np.zeros(missing, np.int16)]) if parts else np.zeros(0, np.int16)
+
+# ----------------------------------------------------------------------------------------- folders
+
+
+def media_files(folder, endings):
+    """The files with one of the endings that lie directly in a folder, by name."""
+    visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in visible if path.suffix.lower() in endings)
+
+
+def clip_names(files):
+    """path -> its name without the ending, or with it where a.mov lies beside a.mp4."""
+    taken = Counter(text.casefold() for path in files for text in (path.stem, path.name))
+    return {path: path.stem if taken[path.stem.casefold()] == 1 else path.name for path in files}
+
+
+def note_unread(folder, endings=frozenset(VIDEOS | PICTURES)):
+    """Say in one line what lies in a folder and is not read. Sidecars and hidden files are used."""
+    known = endings | SIDECARS
+    others = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    folders = sum(path.is_dir() for path in others)
+    endings = Counter(p.suffix.lower() for p in others if p.is_file())
+    unread = [f"{ending or 'no ending'} {n}" for ending, n in endings.items()
+              if ending not in known]
+    if folders:
+        unread.append(f"folders {folders}")
+    if unread:
+        print(f"note: not read in {folder}: {', '.join(unread)}", file=sys.stderr)
