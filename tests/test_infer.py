@@ -403,7 +403,7 @@ def test_each_photo_with_each_recording(weights, files, capsys, monkeypatch):
     for path in made.iterdir():
         with av.open(str(path)) as file:
             lengths[path.name] = sum(1 for _ in file.decode(video=0))
-    for name in "ab":                           # one.wav and one.flac: the ending tells them apart
+    for name in "ab":                           # one.wav and one.flac: the ending is in the name
         assert lengths.pop(f"{name}-one.wav.mp4") == lengths.pop(f"{name}-one.flac.mp4") == 5
         assert lengths.pop(f"{name}-two.mp4") in (10, 11, 12)       # AAC comes in blocks of 64 ms
     assert not lengths
