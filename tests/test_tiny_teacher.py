@@ -110,14 +110,16 @@ def test_a_linear_encoder_is_reproduced(clips):
         return (torch.cat([x[:, :1] @ first, x[:, 1:] @ rest], 1) + 0.5).float().movedim(-1, 1)
 
     videos = [torch.rand(1, 3, 33, 64, 64) * 2 - 1 for _ in range(5)]
-    linear = LinearEncoder(SimpleNamespace(encode=encode), videos)
+    config = SimpleNamespace(patch=1)
+    linear = LinearEncoder(SimpleNamespace(encode=encode, config=config), videos)
     video = torch.rand(1, 3, 33, 32, 32) * 2 - 1
     still = video[:, :, :1].expand(-1, -1, 33, -1, -1)
     error = (linear.encode(video) - encode(video)[0]).abs()
     assert error.max() < 0.05                               # 64 first blocks a clip, 768 numbers
     assert error[:, 1:].max() < 0.02
     assert torch.allclose(linear.still(video[:, :, :1], 9), linear.encode(still), atol=1e-5)
-    bent = LinearEncoder(SimpleNamespace(encode=lambda video: (9 * encode(video)).sin()), videos)
+    bend = SimpleNamespace(encode=lambda video: (9 * encode(video)).sin(), config=config)
+    bent = LinearEncoder(bend, videos)
     assert linear.missing < 5e-3 < 0.5 < bent.missing < 1.01
 
 

@@ -141,7 +141,7 @@ def test_training_goes_on_from_trained_weights(two_steps, tmp_path):
 def test_exported_weights_load_and_normalise(small_curriculum, tmp_path):
     """Property: what training writes is what load_vae reads. Its latents have mean 0 and standard
     deviation 1; motion channels, which mostly are zero, have it around a mouth."""
-    folder = train(T.TrainConfig(steps=2), tmp_path, "a")
+    folder = train(T.TrainConfig(steps=2), tmp_path, "a", replace(SMALL, patch=1))
     vae = load_vae(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["size"] == 256 and config["tiny"] == {"motion_channels": 8}
@@ -161,7 +161,7 @@ def test_exported_weights_load_and_normalise(small_curriculum, tmp_path):
 def test_an_uncertain_motion_is_answered_by_its_mean():
     """Property: of ten clips three move. L1 would have every answer stand still, its median; the
     squared losses ask for 0.3, its mean."""
-    video = torch.zeros(10, 3, 5, 8, 8)
+    video = torch.zeros(10, 3, 5, 16, 16)
     video[:3, :, 2:] = 1                                            # these jump at frame 2
     answers = torch.linspace(0, 1, 11)
     losses = {"l1": [], "flicker": [], "square": []}
