@@ -178,7 +178,7 @@ def results(old):
                  for key, (_, digits) in COLUMNS.items()]
         rows.append([label, *cells])
     head = ["mean of the videos", *(label for label, _ in COLUMNS.values())]
-    short = report["command"].split(" --clips")[0]                      # the rest is in RESULTS.md
+    short = re.split(" --clips| --device", report["command"])[0]        # the rest: RESULTS.md
     made = f"`{short} ...`,\ncommit {report['commit']}, seed {report['seed']}.\n"
     return table(head, rows) + "\n" + made
 
