@@ -1,6 +1,10 @@
 """The programs lie in the repository's root: make them importable. And a warning is an error."""
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:             # -n 2: two processes of one thread each
+    os.environ["OMP_NUM_THREADS"] = "1"             # read when torch is imported
 
 import pytest
 import torch

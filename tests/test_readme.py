@@ -314,7 +314,7 @@ def test_the_two_commands_are_two():
     assert clone[0].startswith("git clone --depth 1 ") and len(demo) == len(tests) == 1
     assert re.match(r"pip install -r requirements.txt && python infer.py --image \S+ --audio \S+$",
                     demo[0])
-    assert tests[0] == "pip install -r requirements-dev.txt && python -m pytest -q"
+    assert tests[0] == "pip install -r requirements-dev.txt && python -m pytest -q -n 2"
     assert "-r requirements.txt\n" in read(ROOT / "requirements-dev.txt")
 
 
