@@ -1,6 +1,6 @@
 """A folder of clips -> chunks: what both training stages read. Appendix F, Eq. 20, 23 and 24.
 
-    python data.py CLIPS --size 256     decode every file once; the stages do it too
+    python data.py CLIPS --size 128     decode every file once; the stages do it too
 
     a file      of any size, rate and codec -> squares at 25 frames a second, 16 kHz mono sound.
                 Frame i shows the moment (i + 0.5) / 25 s; its sound is samples [640 i, 640 (i + 1))
@@ -288,7 +288,7 @@ class ClipFolder:
     Beside a file, NAME.json ("identity") and NAME.npz ("mask" uint8 (N, h, w), "box" x0 y0 x1 y1 in
     pixels) are used. FileNotFoundError for a missing folder, ValueError if no clip is left."""
 
-    def __init__(self, folders, size=256, split="train", cache=None, need_audio=True, workers=1):
+    def __init__(self, folders, size=128, split="train", cache=None, need_audio=True, workers=1):
         if size % 8 or size < 16 or workers < 1 or split not in ("train", "val", "all"):
             raise ValueError(f"size {size} must be 16, 24, 32, ...; workers {workers} 1 or more; "
                              f"split {split} train, val or all")
@@ -512,7 +512,7 @@ def names_of(folders):
 @dataclass
 class Config:
     folders: tyro.conf.Positional[tuple[Path, ...]]     # folders with the files directly in them
-    size: int = 256                             # side of the squares, pixels
+    size: int = 128                             # side of the squares, pixels
     cache: Path | None = None                   # where the arrays go; default FOLDER/.cache-SIZE
     workers: int = 1                            # files that are decoded at the same time
 

@@ -543,7 +543,7 @@ def test_kill_ends_in_one_line_and_leaves_nothing_in_the_cache(tmp_path, capsys,
         data.main([str(tmp_path)])
     assert stop.value.code == 130
     assert capsys.readouterr().err.splitlines()[-1] == "data.py: stopped"
-    assert list((tmp_path / ".cache-256").iterdir()) == []
+    assert list((tmp_path / ".cache-128").iterdir()) == []
 
 
 def test_a_wrong_call_is_one_line_and_exit_code_2(tmp_path, capsys):

@@ -400,7 +400,6 @@ def train(cfg, files, clips, stills, held_out):
     torch.manual_seed(cfg.seed)
     models = infer.load(files.init, "student", "cpu", "float32")
     vae = models.vae = new_decoder(files.init)
-    models.size = SIZE
     rows = all_latents(files.run_dir / "latents", clips, models, cfg)
     linear = LinearEncoder(vae, [to_tensor(clip.frames[:33]) for clip in clips[:12]])
     vgg = load_vgg() if cfg.perceptual else None
