@@ -539,10 +539,12 @@ def check(files, cfg):
 
 def run(files, cfg):
     check(files, cfg)
+    trained = files.out if files.evaluate else files.init           # its own size, not a new VAE's
+    size = SIZE * load_vae(trained).config.patch // TINY.patch if trained else SIZE
     split, folders = "val" if files.evaluate else "train", []
     for i, folder in enumerate(files.data):
         cache = files.cache[i] if files.cache else None
-        folders.append(ClipFolder(folder, SIZE, split, cache, need_audio=False).clips)
+        folders.append(ClipFolder(folder, size, split, cache, need_audio=False).clips)
     if files.evaluate:
         evaluate(files.out, folders, names_of(files.data), files.clips)
         return
